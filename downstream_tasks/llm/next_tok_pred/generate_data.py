@@ -1,0 +1,160 @@
+"""Make text and recall data for a small language model, from text that every machine has.
+
+The text is the Python standard library's source. A recall sample hides `@ key -> value` lines in it and ends
+by repeating them in another order: whoever still holds the first occurrence can write the values.
+
+    python downstream_tasks/llm/next_tok_pred/generate_data.py --output /tmp/tiny_data
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import string
+import sysconfig
+from pathlib import Path
+
+import attrs
+import numpy as np
+from tqdm import tqdm
+
+SPECIALS = ("<pad>", "<s>", "</s>", "<unk>")
+CHARACTERS = "\n" + string.digits + string.ascii_letters + string.punctuation + " "
+VOCABULARY = 112  # specials and characters, rounded up to a multiple of 16
+_KEY_LETTERS, _VALUE_DIGITS = 3, 3
+
+
+@attrs.frozen
+class Stage:
+    """One step of the curriculum: how long a sample is, how many pairs it hides, how many samples there are."""
+
+    length: int
+    pairs: tuple[int, int]  # the fewest and the most pairs of a sample
+    samples: int
+
+
+CURRICULUM = (
+    Stage(length=96, pairs=(2, 3), samples=60_000),
+    Stage(length=192, pairs=(2, 6), samples=20_000),
+    Stage(length=384, pairs=(3, 12), samples=8_000),
+    Stage(length=768, pairs=(4, 20), samples=4_000),
+    Stage(length=1536, pairs=(4, 28), samples=2_500),
+    Stage(length=2560, pairs=(4, 36), samples=1_600),
+    Stage(length=4608, pairs=(4, 36), samples=400),
+)
+
+
+def token_ids(text: str) -> np.ndarray:
+    """The ids of a text's characters, uint8 [len(text)]; a character outside the vocabulary is <unk>."""
+    table = np.full(256, SPECIALS.index("<unk>"), dtype=np.uint8)
+    for index, character in enumerate(CHARACTERS):
+        table[ord(character)] = len(SPECIALS) + index
+    return table[np.frombuffer(text.encode("latin-1", "replace"), dtype=np.uint8)]
+
+
+def standard_library(*, held_out: bool) -> str:
+    """All of the standard library's sources as one text; one file in ten, chosen by its name, is held out."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    skipped = {"site-packages", "test", "tests", "idlelib", "__pycache__"}
+    parts = []
+    for path in sorted(root.rglob("*.py")):
+        name = path.relative_to(root)
+        if skipped & set(name.parts):
+            continue
+        if (hashlib.sha256(str(name).encode()).digest()[0] < 26) == held_out:
+            parts.append(path.read_text(encoding="utf-8", errors="replace").expandtabs(4))
+    return "\n".join(parts)
+
+
+@attrs.frozen
+class Sample:
+    """A text that ends in questions, and which of its characters answer them."""
+
+    text: str
+    answers: tuple[slice, ...]  # where each value stands in the repeated lines
+
+    @property
+    def question_start(self) -> int:
+        """The index of the first repeated line; what comes before is the context."""
+        return self.answers[0].start - len("@ " + "k" * _KEY_LETTERS + " -> ")
+
+
+def _pairs(rng: np.random.Generator, count: int) -> list[str]:
+    letters = np.array(list(string.ascii_lowercase))
+    keys: set[str] = set()
+    while len(keys) < count:
+        keys.add("".join(rng.choice(letters, _KEY_LETTERS)))
+    return [f"@ {key} -> {rng.integers(10**_VALUE_DIGITS):0{_VALUE_DIGITS}d}\n" for key in sorted(keys)]
+
+
+def recall_sample(text: str, rng: np.random.Generator, *, length: int, pairs: int) -> Sample:
+    """Hide `pairs` pairs in a passage of `text` and repeat them at its end.
+
+    `length` counts the context in characters, pairs included; the repeated lines come after it.
+    """
+    lines = _pairs(rng, pairs)
+    rng.shuffle(lines)
+    passage_length = length - len("".join(lines)) - 1
+    if passage_length < pairs:
+        raise ValueError(f"{pairs} pairs need more than {length} characters; raise length or hide fewer")
+    start = int(rng.integers(len(text) - passage_length))
+    rows = text[start : start + passage_length].split("\n")
+    places = sorted(rng.integers(0, len(rows) + 1, size=pairs).tolist(), reverse=True)
+    for place, line in zip(places, lines, strict=True):
+        rows.insert(place, line.rstrip("\n"))
+    context = ("\n".join(rows) + "\n")[-length:]
+    context = context.rjust(length, "\n")
+    rng.shuffle(lines)
+    answers, cursor = [], len(context)
+    for line in lines:
+        cursor += len(line)
+        answers.append(slice(cursor - 1 - _VALUE_DIGITS, cursor - 1))
+    return Sample(text=context + "".join(lines), answers=tuple(answers))
+
+
+def recall_rows(text: str, rng: np.random.Generator, stage: Stage) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids uint8 [samples, length] and whether a token belongs to an answer, bool of the same shape."""
+    line = len(_pairs(rng, 1)[0])
+    ids = np.zeros((stage.samples, stage.length), dtype=np.uint8)
+    answers = np.zeros(ids.shape, dtype=bool)
+    for row in tqdm(range(stage.samples), desc=f"recall, {stage.length} characters", leave=False):
+        pairs = int(rng.integers(stage.pairs[0], stage.pairs[1] + 1))
+        sample = recall_sample(text, rng, length=stage.length - pairs * line, pairs=pairs)
+        ids[row] = token_ids(sample.text)
+        for span in sample.answers:
+            answers[row, span] = True
+    return ids, answers
+
+
+def text_rows(text: str, rng: np.random.Generator, *, length: int, samples: int) -> np.ndarray:
+    """Passages of `text` from random places, uint8 [samples, length]."""
+    ids = token_ids(text)
+    starts = rng.integers(len(ids) - length, size=samples)
+    return np.stack([ids[start : start + length] for start in starts])
+
+
+def main() -> None:
+    """Write one file a stage, and curriculum.json, to --output."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, help="the folder to write to; made if missing")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--scale", type=float, default=1.0, help="a share of the curriculum's samples; 0.001 to try")
+    arguments = parser.parse_args()
+
+    rng = np.random.default_rng(arguments.seed)
+    text = standard_library(held_out=False)
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    names = []
+    for number, planned in enumerate(CURRICULUM):
+        stage = attrs.evolve(planned, samples=max(2, round(planned.samples * arguments.scale)))
+        recall, answers = recall_rows(text, rng, stage)
+        passages = text_rows(text, rng, length=stage.length, samples=stage.samples)
+        names.append(f"stage-{number}-{stage.length}.npz")
+        np.savez(arguments.output / names[-1], text=passages, recall=recall, answers=answers)
+    (arguments.output / "curriculum.json").write_text(json.dumps({"seed": arguments.seed, "stages": names}, indent=2))
+    print(f"{len(names)} stages of text and recall in {arguments.output}")
+
+
+if __name__ == "__main__":
+    main()

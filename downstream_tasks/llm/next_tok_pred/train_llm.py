@@ -1,0 +1,221 @@
+"""Train a small Mixtral from scratch on text and recall, and say how well it does on data it never saw.
+
+    python downstream_tasks/llm/next_tok_pred/generate_data.py --output /tmp/tiny_data
+    python downstream_tasks/llm/next_tok_pred/train_llm.py --data /tmp/tiny_data --output /tmp/tiny_moe
+
+The curriculum's stages are trained one after another, each with its own cosine schedule. The loss is the mean
+over samples, so that the few characters that answer a question weigh as much as a whole passage of text.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+import time
+from pathlib import Path
+
+import generate_data
+import numpy as np
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from torch.utils.data import Dataset
+from transformers import (
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+IGNORED = -100  # the label that transformers leaves out of a loss
+EVALUATION_SEED = 1_000_003
+BATCH_LENGTH = 256  # characters: --batch_size counts samples of this length, so a step's tokens stay the same
+
+
+class StageRows(Dataset):
+    """One stage: a passage of text at even places, a recall sample at odd ones."""
+
+    def __init__(self, file: Path) -> None:
+        with np.load(file) as arrays:
+            self.text, self.recall, self.answers = arrays["text"], arrays["recall"], arrays["answers"]
+
+    def __len__(self) -> int:
+        return 2 * len(self.text)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        row, is_recall = divmod(index, 2)
+        ids = torch.from_numpy((self.recall if is_recall else self.text)[row].astype(np.int64))
+        labels = ids.masked_fill(torch.from_numpy(~self.answers[row]), IGNORED) if is_recall else ids
+        return {"input_ids": ids, "labels": labels}
+
+
+def character_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a character, with the ids that `generate_data.token_ids` gives."""
+    tokens = [*generate_data.SPECIALS, *generate_data.CHARACTERS]
+    tokens += [f"<reserved_{number}>" for number in range(generate_data.VOCABULARY - len(tokens))]
+    tokenizer = Tokenizer(models.WordLevel({token: index for index, token in enumerate(tokens)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+def new_model() -> MixtralForCausalLM:
+    """A Mixtral of one million parameters with random weights."""
+    return MixtralForCausalLM(
+        MixtralConfig(
+            vocab_size=generate_data.VOCABULARY,
+            hidden_size=128,
+            intermediate_size=128,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=32,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            max_position_embeddings=8192,
+            sliding_window=None,
+            output_router_logits=True,
+            router_aux_loss_coef=0.01,
+            initializer_range=0.06,  # hidden_size is small: at the usual 0.02, attention to the past forms late
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
+    )
+
+
+def mean_over_samples(outputs, labels: torch.Tensor, num_items_in_batch=None) -> torch.Tensor:
+    """The mean over samples of each sample's mean loss over its labels, and the experts' balance loss."""
+    logits, targets = outputs.logits[:, :-1], labels[:, 1:]
+    losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), targets, ignore_index=IGNORED, reduction="none")
+    counted = (targets != IGNORED).sum(-1).clamp(min=1)
+    return (losses.sum(-1) / counted).mean() + 0.01 * outputs.aux_loss
+
+
+@torch.inference_mode()
+def recall_accuracy(model: MixtralForCausalLM, *, length: int, pairs: int, samples: int) -> float:
+    """The share of hidden pairs, in held-out text, whose whole value the model writes greedily.
+
+    The answers are given to the model as they should be; a value counts when its every character is the most
+    likely one, which is when greedy decoding would have written it.
+    """
+    text = generate_data.standard_library(held_out=True)
+    rng = np.random.default_rng(EVALUATION_SEED)
+    right = asked = 0
+    for _ in range(samples):
+        sample = generate_data.recall_sample(text, rng, length=length, pairs=pairs)
+        ids = torch.from_numpy(generate_data.token_ids(sample.text).astype(np.int64))[None]
+        best = model(input_ids=ids).logits[0].argmax(-1)
+        for span in sample.answers:
+            right += torch.equal(best[span.start - 1 : span.stop - 1], ids[0, span])
+        asked += len(sample.answers)
+    return right / asked
+
+
+@torch.inference_mode()
+def bits_per_character(model: MixtralForCausalLM, *, length: int = 2048, samples: int = 16) -> float:
+    """The mean over held-out passages of -log2 p(next character)."""
+    text = generate_data.standard_library(held_out=True)
+    rng = np.random.default_rng(EVALUATION_SEED)
+    rows = torch.from_numpy(generate_data.text_rows(text, rng, length=length, samples=samples).astype(np.int64))
+    losses = [
+        torch.nn.functional.cross_entropy(model(input_ids=row[None]).logits[0, :-1], row[1:]).item() for row in rows
+    ]
+    return float(np.mean(losses) / np.log(2))
+
+
+def report(model: MixtralForCausalLM, *, samples: int) -> dict[str, float]:
+    """What the model does on data it never saw, by the name of each measure."""
+    model.eval()
+    measures = {"bits per character, held-out text": round(bits_per_character(model), 3)}
+    for length in (512, 1024, 2048, 4096):
+        for pairs in (8, 32):
+            name = f"recall of {pairs} pairs in {length} characters"
+            measures[name] = round(recall_accuracy(model, length=length, pairs=pairs, samples=samples), 4)
+            print(f"{name}: {measures[name]:.1%}", flush=True)
+    return measures
+
+
+def train_stage(model: MixtralForCausalLM, file: Path, arguments: argparse.Namespace, scratch: Path) -> None:
+    """Train one stage; every stage has the same number of tokens a step."""
+    rows = StageRows(file)
+    settings = TrainingArguments(
+        output_dir=str(scratch),
+        per_device_train_batch_size=max(1, arguments.batch_size * BATCH_LENGTH // rows.text.shape[1]),
+        learning_rate=arguments.learning_rate,
+        num_train_epochs=arguments.num_epochs,
+        lr_scheduler_type="cosine",
+        warmup_steps=50,
+        weight_decay=0.01,
+        adam_beta2=0.98,
+        max_grad_norm=1.0,
+        logging_steps=20,
+        save_strategy="no",
+        report_to=[],
+        seed=arguments.seed,
+        use_cpu=not torch.cuda.is_available(),
+    )
+    Trainer(model, settings, train_dataset=rows, compute_loss_func=mean_over_samples).train()
+    model.eval()
+    length = rows.text.shape[1]
+    pairs = max(2, length // 128)
+    accuracy = recall_accuracy(model, length=length, pairs=pairs, samples=50)
+    print(f"recall of {pairs} pairs in {length} characters: {accuracy:.1%}", flush=True)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="the folder that generate_data.py wrote")
+    parser.add_argument("--output", type=Path, required=True, help="where the trained model goes")
+    parser.add_argument("--model_type", choices=("single", "distributed"), default="single")
+    parser.add_argument("--use_lora", action="store_true", help="not served yet")
+    parser.add_argument("--rank", type=int, default=4, help="of LoRA; not served yet")
+    parser.add_argument("--alpha", type=float, default=1.0, help="of LoRA; not served yet")
+    parser.add_argument("--batch_size", type=int, default=32, help="samples of 256 characters a step")
+    parser.add_argument("--learning_rate", type=float, default=2e-3)
+    parser.add_argument("--num_epochs", type=int, default=1, help="passes over each stage")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--report_samples", type=int, default=100, help="recall samples for each number reported")
+    arguments = parser.parse_args()
+    if arguments.model_type == "distributed":
+        parser.error("--model_type distributed is not served yet; use --model_type single")
+    if arguments.use_lora:
+        parser.error("--use_lora is not served yet: there is no base model to adapt; train from scratch without it")
+    if not (arguments.data / "curriculum.json").is_file():
+        parser.error(f"--data {arguments.data} has no curriculum.json; run generate_data.py --output {arguments.data}")
+    return arguments
+
+
+def main() -> None:
+    """Train, report, save."""
+    arguments = parse_arguments()
+    set_seed(arguments.seed)
+    model = new_model()
+    stages = json.loads((arguments.data / "curriculum.json").read_text())["stages"]
+    started = time.monotonic()
+    for name in stages:
+        print(f"{name}", flush=True)
+        train_stage(model, arguments.data / name, arguments, arguments.output / "scratch")
+    minutes = (time.monotonic() - started) / 60
+
+    model.half().save_pretrained(arguments.output)
+    character_tokenizer().save_pretrained(arguments.output)
+    measures = report(model.float(), samples=arguments.report_samples)
+    described = {
+        "command": shlex.join(["python", *sys.argv]),
+        "seed": arguments.seed,
+        "training minutes": round(minutes, 1),
+        "parameters": model.num_parameters(),
+        "torch": torch.__version__,
+        "measures": measures,
+    }
+    (arguments.output / "report.json").write_text(json.dumps(described, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

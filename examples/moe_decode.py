@@ -1,0 +1,298 @@
+"""Decode greedily with a Mixtral whose experts and whose KV pages are spread over MPI ranks.
+
+Expert e lives at rank e % ranks; each rank stores the keys and values of its own token ranges, and partial attention
+is merged by its log-sum-exp. Every rank checks, by bytes, that it holds no more than that.
+
+Examples:
+  python examples/moe_decode.py                                one rank, the default prompt
+  mpirun -n 4 python examples/moe_decode.py --verify           four ranks, against a dense decoder
+  mpirun -n 2 python examples/moe_decode.py --prompt 'import os' --tokens 50
+  python examples/moe_decode.py --budget-tokens 512 --token-selector recent --verify    how much a budget costs
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import inspect
+import os
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn, TypeVar
+
+import attrs
+import torch
+from mixtral import Cache, DenseCache, Mixtral, MixtralConfig
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
+from torch import Tensor
+
+import pikv
+from pikv.core.ports.transport import Solo, Transport
+
+MODEL = Path(__file__).parents[1] / "downstream_tasks" / "models" / "tiny_moe"
+PAIRS = {"bqd": "731", "qzk": "482", "mfa": "059", "wju": "266"}  # hidden in the default prompt
+TOLERANCE = 1e-4  # of logits; and dense logits closer than this are a tie
+COMPOSED = ("allocator", "budget_tokens", "token_selector", "page_selector", "compressor", "tail_tokens", "page_size")
+LAUNCHED = ("PMI_SIZE", "PMIX_RANK", "OMPI_COMM_WORLD_SIZE")  # what mpirun of MPICH, of PMIx, of Open MPI sets
+
+Value = TypeVar("Value")
+
+
+def default_prompt() -> str:
+    """Some source of the standard library with pairs hidden in it, about 1500 characters, then the question for one."""
+    rows = inspect.getsource(textwrap)[:1440].split("\n")
+    for number, (key, value) in enumerate(PAIRS.items()):
+        rows.insert(3 + 7 * number, f"@ {key} -> {value}")
+    return "\n".join(rows) + "\n@ qzk -> "
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises what is wrong with the arguments, so that one rank says it once."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise pikv.InputError."""
+        raise pikv.InputError(f"{message}; see --help")
+
+
+def count(text: str) -> int:
+    """An argument that counts something: 1 or more."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a number, 1 or more, got {text!r}")
+    return int(text)
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line; pikv.InputError if it is wrong."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = Parser(prog="moe_decode.py", description=__doc__, formatter_class=raw, allow_abbrev=False)
+    prompts = parser.add_mutually_exclusive_group()
+    prompts.add_argument("--prompt", help="text to go on from (default: source code that hides `@ key -> value`)")
+    prompts.add_argument("--prompt-file", type=Path, help="a file with that text, UTF-8")
+    parser.add_argument("--model", type=Path, default=MODEL, help="a folder in Mixtral's format, with tokenizer.json")
+    parser.add_argument("--tokens", type=count, default=200, help="how many to decode (default: 200)")
+    parser.add_argument("--chunk", type=count, default=512, help="tokens of the prompt computed at once (default: 512)")
+    parser.add_argument("--verify", action="store_true", help="compare every step with a dense decoder on one rank, "
+                        "whose tokens are used; exit with 1 unless all tokens agree and logits are within 1e-4, which "
+                        "lossy parts are not meant to reach")  # fmt: skip
+    cache = parser.add_argument_group("the cache", "names and numbers for pikv.runtime_from; its defaults are exact")
+    for name in ("allocator", "token-selector", "page-selector", "compressor"):
+        cache.add_argument(f"--{name}", metavar="NAME")
+    cache.add_argument("--budget-tokens", type=count, help="mean tokens kept, for each layer and KV head")
+    cache.add_argument("--page-size", type=count, help="tokens a page: 16, 32 or 64")
+    cache.add_argument("--tail-tokens", type=count, help="newest tokens that stay dense")
+    return parser.parse_args(argv)
+
+
+def open_transport() -> Transport:
+    """The transport of the ranks that mpirun started, or of one rank; pikv.InputError if MPI is missing."""
+    if not any(name in os.environ for name in LAUNCHED):
+        return Solo()
+    if int(os.environ.get("PMI_SIZE", 1)) > (os.cpu_count() or 1):
+        os.environ.setdefault("MPIR_CVAR_ENABLE_HEAVY_YIELD", "1")  # ranks that wait leave the cores to the others
+    try:
+        from pikv.adapters.mpi import MpiTransport, abort_when_uncaught
+    except ImportError as error:
+        raise pikv.InputError(f"several ranks need mpi4py ({error}); pip install 'pikv[mpi]'") from error
+    abort_when_uncaught()
+    return MpiTransport()
+
+
+@attrs.define
+class Decoder:
+    """A model and a cache, fed with one sequence."""
+
+    model: Mixtral
+    cache: Cache
+    position: int = 0
+    seconds: float = 0.0
+
+    def feed(self, token_ids: Tensor) -> Tensor:
+        """Run token_ids [tokens]; return the last one's logits [vocabulary]."""
+        started = time.perf_counter()
+        logits = self.model.step(token_ids[None], self.position, self.cache)[0]
+        self.seconds += time.perf_counter() - started
+        self.position += len(token_ids)
+        return logits
+
+    def prefill(self, token_ids: Tensor, chunk: int) -> Tensor:
+        """Run a prompt in chunks; return its last token's logits [vocabulary]."""
+        return [self.feed(part) for part in token_ids.split(chunk)][-1]
+
+
+@attrs.define
+class Agreement:
+    """How far logits are from the dense decoder's, step by step."""
+
+    steps: int = 0
+    agreed: int = 0
+    largest_difference: float = 0.0
+
+    def add(self, logits: Tensor, dense: Tensor) -> None:
+        """Compare one step's logits [vocabulary]. Tokens agree when they are equal, or the dense top two tie."""
+        first, second = dense.topk(2).values.tolist()
+        self.steps += 1
+        self.agreed += bool(logits.argmax() == dense.argmax()) or first - second < TOLERANCE
+        self.largest_difference = max(self.largest_difference, float((logits - dense).abs().max()))
+
+    def holds(self) -> bool:
+        """Whether all tokens agree and all logits are within the tolerance."""
+        return self.agreed == self.steps and self.largest_difference <= TOLERANCE
+
+
+@attrs.frozen(kw_only=True)
+class Session:
+    """All that a rank needs to decode. `dense` is the reference, on rank 0 with --verify."""
+
+    decoder: Decoder
+    dense: Decoder | None
+    cache: pikv.PiKVCache
+    runtime: pikv.RuntimeConfig
+    tokenizer: Tokenizer
+    prompt: str
+    prompt_ids: Tensor
+    tokens: int
+    chunk: int
+
+    @classmethod
+    def prepare(cls, argv: Sequence[str] | None, transport: Transport) -> Session:
+        """Read the arguments, load the model, compose the cache. pikv.InputError and its like tell the user's mistakes."""
+        arguments = parse(argv)
+        prompt = arguments.prompt_file.read_text("utf-8") if arguments.prompt_file else arguments.prompt
+        prompt = default_prompt() if prompt is None else prompt
+        model = Mixtral(arguments.model, transport)
+        if not (arguments.model / "tokenizer.json").is_file():
+            raise pikv.InputError(f"{arguments.model} has no tokenizer.json; copy the whole folder")
+        tokenizer = Tokenizer.from_file(str(arguments.model / "tokenizer.json"))
+        prompt_ids = torch.tensor(tokenizer.encode(prompt).ids)
+        if not len(prompt_ids):
+            raise pikv.InputError("the prompt must have at least one token, got none; pass some text")
+        names = {name: getattr(arguments, name) for name in COMPOSED if getattr(arguments, name) is not None}
+        described = model_config(model.config)
+        runtime = pikv.runtime_from(names | {"shard_by": "token_range"}, described, transport=transport)
+        cache, dense = pikv.PiKVCache(described, runtime), None
+        if arguments.verify and transport.rank == 0:
+            dense = Decoder(Mixtral(arguments.model, Solo()), DenseCache(model.config))
+        return cls(
+            decoder=Decoder(model, cache),
+            dense=dense,
+            cache=cache,
+            runtime=runtime,
+            tokenizer=tokenizer,
+            prompt=prompt,
+            prompt_ids=prompt_ids,
+            tokens=arguments.tokens,
+            chunk=arguments.chunk,
+        )
+
+
+def model_config(config: MixtralConfig) -> pikv.ModelConfig:
+    """Describe the model to PiKV."""
+    return pikv.ModelConfig(
+        layers=config.layers,
+        query_heads=config.query_heads,
+        kv_heads=config.kv_heads,
+        head_dim=config.head_dim,
+        window=config.window,
+        rotary=config.rotary,
+    )
+
+
+def on_all_ranks(transport: Transport, prepare: Callable[[], Value]) -> Value | None:
+    """Call `prepare` on every rank. If it fails on one, its error is said once and every rank gets None."""
+    error, value = None, None
+    try:
+        value = prepare()
+    except (pikv.PiKVError, OSError, UnicodeError) as caught:
+        error = caught
+    failed = transport.all_gather(torch.tensor(error is not None)).nonzero()
+    if error is not None and transport.rank == failed[0]:
+        print(f"moe_decode.py: error: {error}", file=sys.stderr)
+    return None if len(failed) else value
+
+
+def decode(session: Session, transport: Transport) -> tuple[Agreement, int]:
+    """Decode and print as it goes; return how far the dense decoder agreed and how many tokens were decoded."""
+    decoder, dense, agreement = session.decoder, session.dense, Agreement()
+    print(session.prompt.rpartition("\n")[2], end="", flush=True)
+    logits = decoder.prefill(session.prompt_ids, session.chunk)
+    dense_logits = dense.prefill(session.prompt_ids, session.chunk) if dense else logits
+    session.cache.finish_prefill()  # evicts and seals now, so that the time below is decoding alone
+    decoder.seconds, stream = 0.0, DecodeStream(skip_special_tokens=True)
+    for decoded in range(session.tokens):
+        if dense:
+            agreement.add(logits, dense_logits)
+        token = transport.broadcast(dense_logits.argmax(), root=0)
+        if int(token) in decoder.model.config.end_ids:
+            return agreement, decoded
+        print(stream.step(session.tokenizer, int(token)) or "", end="", flush=True)
+        logits = decoder.feed(token[None])
+        dense_logits = dense.feed(token[None]) if dense else logits
+    return agreement, session.tokens
+
+
+def check_storage(session: Session, transport: Transport) -> list[str]:
+    """Compare what every rank stores with its share; return what is wrong, and print a table, on every rank."""
+    config, runtime, decoder = session.decoder.model.config, session.runtime, session.decoder
+    dense_token = config.layers * config.kv_heads * 2 * config.head_dim * 4  # bytes of a token in float32
+    token = dense_token + config.layers * config.kv_heads * 4  # and its positions
+    share = -(-decoder.position // transport.size) + 2 * runtime.page_size + runtime.tail_tokens
+    expert = config.layers * 3 * config.hidden * config.intermediate * 4
+    stored = session.cache.stored_bytes()
+    mine = [stored.pages, stored.tail, stored.total, decoder.model.expert_bytes()]
+    ranks = transport.all_gather(torch.tensor(mine)).tolist()
+
+    dense_bytes = dense_token * decoder.position
+    problems = []
+    print(f"{'rank':>4} {'pages':>12} {'tail':>12} {'all stored':>12} {'of dense':>9} {'experts':>12}   (bytes)")
+    for rank, (pages, tail, total, experts) in enumerate(ranks):
+        print(f"{rank:>4} {pages:>12,} {tail:>12,} {total:>12,} {total / dense_bytes:>9.1%} {experts:>12,}")
+        if pages + tail > share * token:
+            problems.append(f"rank {rank} stores {pages + tail} bytes of pages and tail, its share is {share * token}")
+        if experts != expert * len(range(rank, config.experts, transport.size)):
+            problems.append(f"rank {rank} holds {experts} bytes of experts, an expert has {expert}")
+    print(f"a dense cache of {decoder.position} tokens: {dense_bytes:,} bytes on every rank")
+    return problems
+
+
+def run(session: Session, transport: Transport) -> int:
+    """Decode, report, check; return the exit code."""
+    agreement, decoded = decode(session, transport)
+    speed = decoded / session.decoder.seconds if decoded else 0.0
+    print(f"\n\n{decoded} tokens decoded, {speed:.1f} a second, on {transport.size} ranks")
+    problems = check_storage(session, transport)
+    print(session.cache.describe())
+    if session.dense:
+        print(
+            f"verify: {agreement.agreed} of {agreement.steps} tokens agree with the dense decoder, "
+            f"largest difference of logits {agreement.largest_difference:.2e}"
+        )
+        if not agreement.holds():
+            problems.append(f"tokens or logits differ from the dense decoder's by more than {TOLERANCE:g}")
+    if transport.rank == 0:
+        for problem in problems:
+            print(f"moe_decode.py: error: {problem}", file=sys.stderr)
+    return int(transport.broadcast(torch.tensor(bool(problems)), root=0))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run on this rank; return the exit code: 0, 1 if a check failed, 2 for a mistake of the user's."""
+    try:
+        transport = open_transport()
+    except pikv.InputError as error:
+        print(f"moe_decode.py: error: {error}", file=sys.stderr)
+        return 2
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // transport.size))
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(transport)
+        if transport.rank:  # rank 0 prints for all
+            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(Path(os.devnull).open("w"))))
+        session = on_all_ranks(transport, lambda: Session.prepare(argv, transport))
+        return 2 if session is None else run(session, transport)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

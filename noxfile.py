@@ -1,0 +1,88 @@
+"""Every check of PiKV. Plain `nox` runs what must be green before a change lands.
+
+The default sessions run in the environment that nox itself was started from (`venv_backend="none"`): it was
+installed once, pinned by constraints.txt, and installing torch again for each of them would take longer than the
+checks. Activate it first, as README.md shows. Sessions that need other packages make an environment of their own.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import nox
+
+nox.options.sessions = ["lint", "types", "tests", "mpi"]
+nox.options.reuse_venv = "yes"
+
+LONG = {"HYPOTHESIS_PROFILE": "long"}
+NOTHING_COLLECTED = 5  # pytest's exit status when no test carries the marker; pytest says so itself
+
+
+@nox.session(venv_backend="none")
+def lint(session: nox.Session) -> None:
+    """Style, format, and the direction of imports."""
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+    session.run("lint-imports", "--no-logo")
+
+
+@nox.session(venv_backend="none")
+def types(session: nox.Session) -> None:
+    """Strict types of the core and the policies."""
+    session.run("mypy")
+
+
+@nox.session(venv_backend="none")
+def tests(session: nox.Session) -> None:
+    """All tests but the MPI ones and the slow ones, with full branch coverage of the core (without arguments)."""
+    arguments = session.posargs or ["--cov", "--cov-report=term"]
+    session.run("pytest", "-m", "not mpi and not peers and not slow", *arguments)
+
+
+@nox.session(venv_backend="none")
+def mpi(session: nox.Session) -> None:
+    """The tests that start mpirun."""
+    session.run("pytest", "-m", "mpi and not slow", *session.posargs)
+
+
+@nox.session(venv_backend="none")
+def properties(session: nox.Session) -> None:
+    """The property tests, with many random examples each."""
+    session.run("pytest", "-m", "property", *session.posargs, env=LONG)
+
+
+@nox.session(venv_backend="none")
+def bench(session: nox.Session) -> None:
+    """List the benchmarks, or run those named after `--`."""
+    scripts = sorted(path.as_posix() for path in Path("benchmarks").glob("*.py"))
+    if not scripts:
+        session.skip("benchmarks/ holds no benchmark yet")
+    for script in session.posargs:
+        session.run("python", script)
+    if not session.posargs:
+        session.log("run one with `nox -s bench -- PATH`:\n%s", "\n".join(scripts))
+
+
+@nox.session
+def full(session: nox.Session) -> None:
+    """What is too long for every change: slow tests, and property tests with many examples."""
+    session.install("-c", "constraints.txt", "-e", ".[all,dev]")
+    session.run("pytest", "-m", "(slow or property) and not peers", *session.posargs, env=LONG)
+
+
+@nox.session
+def peers(session: nox.Session) -> None:
+    """Comparisons with libraries that pin old versions of their own dependencies."""
+    session.install("-c", "constraints.txt", "-e", ".[peers,tasks,dev]")
+    session.run("pytest", "-m", "peers", *session.posargs, success_codes=[0, NOTHING_COLLECTED])
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """The documentation, with every warning an error."""
+    if not Path("mkdocs.yml").exists():
+        session.skip("mkdocs.yml is missing: docs/ is read as plain Markdown until there is a site")
+    # Only the extra: mkdocstrings reads the sources without importing them, so neither pikv nor torch is installed.
+    extras = nox.project.load_toml("pyproject.toml")["project"]["optional-dependencies"]
+    session.install(*extras["docs"])
+    session.run("mkdocs", "build", "--strict")

@@ -1,0 +1,46 @@
+"""PiKV: parts that assemble into a KV cache for mixture-of-experts models with long contexts."""
+
+from pikv.compose import compose, runtime_from
+from pikv.core.attention import Partial
+from pikv.core.cache import PiKVCache
+from pikv.core.config import LayerConfig, ModelConfig, RuntimeConfig
+from pikv.core.errors import (
+    ConfigError,
+    InputError,
+    LayerError,
+    PiKVError,
+    PoolFullError,
+    StateError,
+    TransportError,
+    UnknownNameError,
+)
+from pikv.core.pool import PagePool
+from pikv.core.reports import Description, StoredBytes
+from pikv.core.rotary import Rotary
+from pikv.core.views import ContextKV
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ConfigError",
+    "ContextKV",
+    "Description",
+    "InputError",
+    "LayerConfig",
+    "LayerError",
+    "ModelConfig",
+    "PagePool",
+    "Partial",
+    "PiKVCache",
+    "PiKVError",
+    "PoolFullError",
+    "Rotary",
+    "RuntimeConfig",
+    "StateError",
+    "StoredBytes",
+    "TransportError",
+    "UnknownNameError",
+    "__version__",
+    "compose",
+    "runtime_from",
+]

@@ -1,0 +1,1 @@
+"""Parts that meet an outside technology, a folder for each."""

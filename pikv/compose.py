@@ -1,0 +1,116 @@
+"""The composer: the one module that knows adapters and policies by name, and wires them into a cache."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from pikv.core.cache import PiKVCache
+from pikv.core.config import ModelConfig, RuntimeConfig
+from pikv.core.errors import ConfigError, UnknownNameError
+from pikv.core.exact import Exact, KeepAll, Refuse
+from pikv.core.pool import PagePool
+from pikv.core.ports import (
+    Allocator,
+    Backend,
+    Compressor,
+    FullPool,
+    Router,
+    Sharding,
+    TokenSelector,
+    Transport,
+)
+from pikv.core.torch_backend import TorchBackend
+from pikv.policies import EvictOldest, Recent, TokenRange, TopK, Uniform
+
+_PARTS: dict[str, dict[str, Callable[..., Any]]] = {
+    "allocator": {"uniform": Uniform},
+    "compressor": {"exact": Exact},
+    "router": {"top_k": TopK},
+    "shard_by": {"token_range": TokenRange},
+    "token_selector": {"keep_all": KeepAll, "recent": Recent},
+    "when_full": {"evict_oldest": EvictOldest, "refuse": Refuse},
+}
+_NUMBERS = ("budget_tokens", "page_size", "tail_tokens")
+
+
+def installed_backends() -> tuple[Backend, ...]:
+    """The backends that this installation has, the fastest first; torch, which serves everything, last."""
+    return (TorchBackend(),)
+
+
+def compose(
+    model: ModelConfig,
+    *,
+    allocator: Allocator | None = None,
+    token_selector: TokenSelector | None = None,
+    router: Router | None = None,
+    compressor: Compressor | None = None,
+    budget_tokens: int | None = None,
+    page_size: int = 64,
+    tail_tokens: int = 128,
+    when_full: FullPool | None = None,
+    sharding: Sharding | None = None,
+    transport: Transport | None = None,
+    backends: Iterable[Backend] | None = None,
+    pool: PagePool | None = None,
+) -> PiKVCache:
+    """Wire parts into a cache. Parts left out are exact; a budget without an allocator is the same for all layers.
+
+    Raises ConfigError for a combination that cannot work, with the reason and the nearest one that does.
+    """
+    runtime = RuntimeConfig(
+        allocator=Uniform() if allocator is None and budget_tokens is not None else allocator,
+        token_selector=KeepAll() if token_selector is None else token_selector,
+        router=router,
+        compressor=Exact() if compressor is None else compressor,
+        budget_tokens=budget_tokens,
+        page_size=page_size,
+        tail_tokens=tail_tokens,
+        when_full=Refuse() if when_full is None else when_full,
+        sharding=sharding,
+        transport=transport,
+        backends=installed_backends() if backends is None else tuple(backends),
+    )
+    return PiKVCache(model, runtime, pool=pool)
+
+
+def runtime_from(names: Mapping[str, Any], model: ModelConfig, *, transport: Transport | None = None) -> RuntimeConfig:
+    """Build a RuntimeConfig from names, as files and command lines have them.
+
+    names: a part's name, or {"name": ..., setting: value}, for allocator, token_selector, router, compressor,
+    shard_by and when_full; whole numbers for budget_tokens, page_size and tail_tokens. None stands for left out.
+
+    Raises UnknownNameError for a key or a name that does not exist, ConfigError for settings that cannot work.
+    """
+    given = {key: value for key, value in names.items() if value is not None}
+    for key in given:
+        if key not in _PARTS and key not in _NUMBERS:
+            raise _unknown("key", key, [*_PARTS, *_NUMBERS])
+    settings = {key: value if key in _NUMBERS else _build(key, value) for key, value in given.items()}
+    if "shard_by" in settings:
+        settings["sharding"] = settings.pop("shard_by")
+    if "budget_tokens" in settings:
+        settings.setdefault("allocator", Uniform())
+    return RuntimeConfig(transport=transport, backends=installed_backends(), **settings)
+
+
+def _build(key: str, value: Any) -> Any:
+    described = dict(value) if isinstance(value, Mapping) else {"name": value}
+    name = described.pop("name", None)
+    known = _PARTS[key]
+    if not isinstance(name, str) or name not in known:
+        raise _unknown(key, name, list(known))
+    try:
+        return known[name](**described)
+    except TypeError as error:
+        raise ConfigError(
+            f"{key} {name!r} does not take {described}: {error}; see its class for its settings"
+        ) from error
+
+
+def _unknown(key: str, name: object, known: list[str]) -> UnknownNameError:
+    close = difflib.get_close_matches(str(name), known, n=1)
+    meant = f"; did you mean {close[0]!r}?" if close else "; choose one of these"
+    return UnknownNameError(f"{key} must be one of {', '.join(sorted(known))}, got {name!r}{meant}")

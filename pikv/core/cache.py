@@ -1,0 +1,315 @@
+"""PiKVCache: the pipeline of a cache for one batch of sequences."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from pikv.core import attention, checks, reading, settling
+from pikv.core.attention import Partial
+from pikv.core.budget import Budget
+from pikv.core.config import ModelConfig, RuntimeConfig
+from pikv.core.errors import ConfigError, InputError, StateError
+from pikv.core.layer import LayerCache
+from pikv.core.pool import PagePool
+from pikv.core.ports.backend import AttendKernel, PageCodec
+from pikv.core.reports import Description, StoredBytes
+from pikv.core.views import ContextKV
+
+
+class PiKVCache:
+    """The keys and values of a batch of sequences, in every layer of a model.
+
+    One batch and one thread; several caches may share a pool. In each layer, `update` takes new tokens, `attend`
+    reads what is stored, and then the layer is settled: it evicts to its budget and seals full pages. A host with
+    an attention of its own calls `retrieve` instead; its layers settle at their next `update`.
+
+    An operation that raises leaves the cache as it was.
+    """
+
+    def __init__(
+        self, model: ModelConfig, runtime: RuntimeConfig | None = None, *, pool: PagePool | None = None
+    ) -> None:
+        self.model = model
+        self.runtime = RuntimeConfig() if runtime is None else runtime
+        self.pool = PagePool(model, self.runtime) if pool is None else pool
+        if self.pool.device != model.device:
+            raise ConfigError(f"pool must be on {model.device} like the model, got one on {self.pool.device}")
+        self._budget = self._make_budget()
+        self._kernels: dict[PageCodec, tuple[AttendKernel, str]] = {}
+        self._codecs = [self._make_codec(layer_id) for layer_id in range(len(model.layers))]
+        self._layers: dict[int, LayerCache] = {}
+        self._prefilling = True
+        weakref.finalize(self, _release, self._layers)
+
+    def _make_budget(self) -> Budget | None:
+        runtime = self.runtime
+        if runtime.budget_tokens is None or runtime.allocator is None:
+            return None
+        return Budget(
+            model=self.model,
+            allocator=runtime.allocator,
+            budget_tokens=runtime.budget_tokens,
+            tail_tokens=runtime.tail_tokens,
+            page_size=runtime.page_size,
+            sinks=runtime.token_selector.sinks,
+        )
+
+    def _make_codec(self, layer_id: int) -> PageCodec:
+        layer = self.model.layers[layer_id]
+        codec = PageCodec(
+            compressor=self.runtime.compressor, layer=layer, form=self.runtime.form(layer, self.model.dtype)
+        )
+        self.pool.slab(codec.form)  # refuses a pool that was made for another model or runtime
+        if codec not in self._kernels:
+            self._kernels[codec] = self._make_kernel(layer_id, codec)
+        return codec
+
+    def _make_kernel(self, layer_id: int, codec: PageCodec) -> tuple[AttendKernel, str]:
+        for backend in self.runtime.backends:
+            kernel = backend.attend(codec, self.model.device)
+            if kernel is not None:
+                return kernel, backend.name
+        asked = ", ".join(backend.name for backend in self.runtime.backends)
+        raise ConfigError(
+            f"layer {layer_id}: none of the backends ({asked}) can attend to {type(codec.compressor).__name__} pages "
+            f"on {self.model.device}; add TorchBackend() as the last one"
+        )
+
+    # --- writing and reading
+
+    def update(self, layer_id: int, token_id: int | Tensor, k: Tensor, v: Tensor) -> None:
+        """Store the keys and values of new tokens.
+
+        k [batch, kv_heads, tokens, key_dim], v [..., value_dim], after any rotary embedding; or [kv_heads, dim] for
+        one token of one sequence. token_id: the position of the first token, or positions [batch, tokens], which
+        increase along a sequence and may jump; -1 is padding and is not stored.
+
+        Raises InputError for a wrong shape, dtype, device or position, and for NaN on the CPU; LayerError.
+        """
+        k, v = checks.new_tokens(self.model, layer_id, k, v)
+        positions = checks.positions(token_id, k.shape[0], k.shape[2])
+        if self._layers:
+            checks.same_batch(next(iter(self._layers.values())), k.shape[0], "k")
+        held = self._layers.get(layer_id)
+        layer = self._empty_layer(layer_id, k, v) if held is None else held
+        checks.increasing(layer, positions)
+        if k.shape[2] == 1:
+            self.finish_prefill()
+        elif k.shape[2] > 1:
+            self._prefilling = True
+        self._settle(layer)
+        self._layers[layer_id] = layer
+        layer.append(k, v, positions, self._stored_here(positions))
+
+    def _empty_layer(self, layer_id: int, k: Tensor, v: Tensor) -> LayerCache:
+        codec = self._codecs[layer_id]
+        return LayerCache.empty(layer_id, codec, self._kernels[codec][0], self.pool, k, v)
+
+    def _stored_here(self, positions: Tensor) -> Tensor:
+        """Positions with -1 for the tokens that another place stores."""
+        transport, sharding = self.runtime.transport, self.runtime.sharding
+        if transport is None or sharding is None:
+            return positions
+        return positions.masked_fill(sharding.owner(positions, transport.size) != transport.rank, -1)
+
+    def attend(self, layer_id: int, q: Tensor) -> Tensor:
+        """Attention of the last update's tokens over all that is stored, then settle the layer.
+
+        q [batch, query_heads, tokens, key_dim], of the same tokens as the last `update` of this layer; returns
+        [batch, query_heads, tokens, value_dim] in q's dtype. A token sees what is no newer than itself; a padded one
+        gets 0. Scores and sums are in float32 at least.
+
+        Raises InputError; StateError before any update, or when several tokens are asked about twice; PoolFullError
+        if settling finds no room, in which case the layer is as before and `attend` may be called again.
+        """
+        layer = self._read_layer(layer_id)
+        config = layer.config
+        tokens = layer.queried.shape[1]
+        shape = (layer.sequences, config.query_heads, tokens, config.key_dim)
+        checks.tensor(self.model, "q", q, shape, "batch, query_heads, tokens of the last update, head_dim")
+        if layer.settled and tokens > 1:
+            raise StateError(
+                f"layer {layer_id}: attend was already called for the last update of {tokens} tokens, which may be "
+                "sealed by now; call attend once after each update, or retrieve for an attention of your own"
+            )
+        grouped = q.unflatten(1, (config.kv_heads, config.group))
+        partial = self._merged(reading.attend(layer, grouped, layer.queried))
+        output = partial.output.flatten(1, 2).to(q.dtype)
+        padding = layer.queried < 0
+        if bool(padding.any()):
+            output = output.masked_fill(padding[:, None, :, None].to(output.device), 0)
+        self._settle(layer)
+        return output
+
+    def _merged(self, partial: Partial) -> Partial:
+        """The partials of all places merged; every place gets the same result."""
+        transport = self.runtime.transport
+        if transport is None or transport.size == 1:
+            return partial
+        packed = torch.cat([partial.output, partial.log_sum_exp[..., None]], dim=-1)
+        gathered = transport.all_gather(packed)
+        return attention.merge([Partial(part[..., :-1], part[..., -1]) for part in gathered])
+
+    def retrieve(self, layer_id: int) -> ContextKV:
+        """The stored tokens of a layer, decoded, oldest first: for an attention of the caller's own."""
+        return self._read_layer(layer_id).context()
+
+    def finish_prefill(self) -> None:
+        """Settle what the prompt left: evict to budget and seal. Runs by itself at the first update of one token."""
+        if not self._prefilling:
+            return
+        self._prefilling = False
+        try:
+            for layer in self._layers.values():
+                layer.settled = False
+                self._settle(layer)
+        except BaseException:
+            self._prefilling = True
+            raise
+
+    def _settle(self, layer: LayerCache) -> None:
+        if layer.settled:
+            return
+        runtime = self.runtime
+        holds = self._budget is not None and self._prefilling  # survivors of a prompt wait in the tail, exact
+        settling.settle(
+            layer,
+            selector=runtime.token_selector,
+            budget_tokens=None if self._budget is None else self._budget.tokens(layer.layer_id, layer.seen),
+            tail_tokens=None if holds else runtime.tail_tokens,
+            when_full=runtime.when_full,
+        )
+        if not holds:
+            layer.tail.shrink(runtime.tail_tokens + 2 * runtime.page_size)
+
+    def _read_layer(self, layer_id: int) -> LayerCache:
+        checks.layer(self.model, layer_id)
+        if layer_id not in self._layers:
+            raise StateError(f"layer {layer_id} is empty: there is nothing to read; call update first")
+        return self._layers[layer_id]
+
+    # --- sequences
+
+    @property
+    def sequences(self) -> int:
+        """The batch: how many sequences the cache holds; 0 before the first update."""
+        return next(iter(self._layers.values())).sequences if self._layers else 0
+
+    def fork(self) -> PiKVCache:
+        """A second cache that goes on from here: sealed pages are shared, tails are copied."""
+        return self._with_layers({i: layer.select(torch.arange(layer.sequences)) for i, layer in self._layers.items()})
+
+    def _with_layers(self, layers: dict[int, LayerCache]) -> PiKVCache:
+        other = PiKVCache(self.model, self.runtime, pool=self.pool)
+        other._prefilling = self._prefilling
+        other._layers.update(layers)
+        return other
+
+    def reorder(self, ids: Tensor | Iterable[int]) -> None:
+        """Make sequence i what sequence ids[i] is now; one may come several times (beam search) or not at all."""
+        self._select(checks.index(ids if isinstance(ids, Tensor) else list(ids), self.sequences, "ids"))
+
+    def drop(self, ids: Tensor | Iterable[int]) -> None:
+        """Forget the sequences with these numbers; the others move up in order."""
+        gone = checks.index(ids if isinstance(ids, Tensor) else list(ids), self.sequences, "ids")
+        self._select(torch.tensor([i for i in range(self.sequences) if i not in set(gone.tolist())], dtype=torch.int64))
+
+    def _select(self, index: Tensor) -> None:
+        if not len(index):
+            self.reset()
+            return
+        for layer_id, layer in list(self._layers.items()):
+            self._layers[layer_id] = layer.select(index)
+            layer.release()
+
+    def join(self, other: PiKVCache) -> None:
+        """Add the sequences of another cache after this one's. Both must have the same model, runtime and pool.
+
+        The other cache stays as it is. Layers that were updated and not settled are settled first.
+        """
+        if other.model != self.model or other.runtime != self.runtime or other.pool is not self.pool:
+            raise InputError(
+                "other must share the model, the runtime and the pool of this cache; build both with pool="
+            )
+        if not other._layers:
+            return
+        if self._layers and self._layers.keys() != other._layers.keys():
+            raise StateError(
+                f"join: this cache has tokens in layers {sorted(self._layers)}, the other in {sorted(other._layers)}; "
+                "join between steps, when every layer has been updated"
+            )
+        for cache in (self, other):
+            for layer in cache._layers.values():
+                cache._settle(layer)
+        for layer_id, theirs in other._layers.items():
+            ours = self._layers.get(layer_id)
+            parts = [theirs] if ours is None else [ours, theirs]
+            self._layers[layer_id] = LayerCache.joined(parts)
+            if ours is not None:
+                ours.release()
+        self._prefilling = self._prefilling or other._prefilling
+
+    def crop(self, tokens: int | Tensor) -> None:
+        """Forget every token at position `tokens` or later; one number, or one a sequence [batch].
+
+        Raises StateError if a window has dropped what the next query would see.
+        """
+        end = torch.as_tensor(tokens).detach().cpu().long().expand(self.sequences)
+        if bool((end < 0).any()):
+            raise InputError(f"tokens must not be negative, got {end.tolist()}; it is the first position to forget")
+        for layer in self._layers.values():
+            window = layer.config.window
+            if window is not None and bool(((end <= layer.last) & (layer.forgotten > end - window)).any()):
+                raise StateError(
+                    f"layer {layer.layer_id}: its window of {window} has dropped tokens up to positions "
+                    f"{layer.forgotten.tolist()}, which a query at {end.tolist()} would see; crop less, or fork before"
+                )
+        for layer in self._layers.values():
+            settling.crop(layer, end)
+
+    def reset(self) -> None:
+        """Forget everything; the next update may bring another batch."""
+        _release(self._layers)
+        self._layers.clear()
+        self._prefilling = True
+
+    # --- reports
+
+    def stored_bytes(self) -> StoredBytes:
+        """The bytes that this cache holds, read from its storages."""
+        pages = tables = tail = 0
+        for layer in self._layers.values():
+            held = layer.table.held().unique()
+            pages += len(held) * self.pool.slab(layer.codec.form).stride(0)
+            tables += layer.table.nbytes + len(held) * self.pool.bytes_a_page
+            tail += layer.tail.nbytes
+        return StoredBytes(pages=pages, tail=tail, indexes=0, tables=tables)
+
+    def describe(self) -> Description:
+        """Which parts are composed, and which backend attends in each layer."""
+        runtime = self.runtime
+        parts = {"page_size": str(runtime.page_size), "tail_tokens": str(runtime.tail_tokens)}
+        names = ("compressor", "token_selector", "allocator", "router", "when_full", "sharding", "transport")
+        parts |= {name: repr(part) for name in names if (part := getattr(runtime, name)) is not None}
+        parts["budget_tokens"] = "all" if runtime.budget_tokens is None else str(runtime.budget_tokens)
+        served: dict[str, list[int]] = {}
+        for layer_id, codec in enumerate(self._codecs):
+            served.setdefault(f"{self._kernels[codec][1]} on {codec.form}", []).append(layer_id)
+        steps = {f"attend, layers {_ranges(ids)}": text for text, ids in served.items()}
+        return Description(parts, steps)
+
+
+def _release(layers: dict[int, LayerCache]) -> None:
+    for layer in layers.values():
+        layer.release()
+
+
+def _ranges(ids: list[int]) -> str:
+    """[0, 1, 2, 5] as "0-2, 5"."""
+    starts = [i for i in ids if i - 1 not in ids]
+    stops = [i for i in ids if i + 1 not in ids]
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, stops, strict=True))

@@ -1,0 +1,108 @@
+"""Checks of what a caller passes to a cache. Each message names the thing, what was expected, what came, what to do."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pikv.core.config import LayerConfig, ModelConfig
+from pikv.core.errors import InputError, LayerError
+from pikv.core.layer import LayerCache
+
+_LARGEST_POSITION = torch.iinfo(torch.int32).max
+
+
+def layer(model: ModelConfig, layer_id: int) -> LayerConfig:
+    """The layer's config; LayerError if the model has no such layer."""
+    if not isinstance(layer_id, int) or not 0 <= layer_id < len(model.layers):
+        raise LayerError(f"layer_id must be between 0 and {len(model.layers) - 1}, got {layer_id!r}")
+    return model.layers[layer_id]
+
+
+def tensor(model: ModelConfig, name: str, states: Tensor, shape: tuple[int | None, ...], meaning: str) -> None:
+    """Raise unless the tensor has the shape (None: any size), and the model's dtype and device."""
+    fits = states.dim() == len(shape) and all(
+        want in (None, got) for want, got in zip(shape, states.shape, strict=True)
+    )
+    if not fits:
+        wanted = ", ".join("any" if size is None else str(size) for size in shape)
+        raise InputError(f"{name} must be [{meaning}] = [{wanted}], got {list(states.shape)}")
+    if states.dtype != model.dtype:
+        raise InputError(f"{name} must be {model.dtype} like the model, got {states.dtype}; convert it or the model")
+    if states.device != model.device:
+        raise InputError(f"{name} must be on {model.device} like the model, got {states.device}; move it")
+
+
+def new_tokens(model: ModelConfig, layer_id: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Check keys and values, and return them as [batch, kv_heads, tokens, dim]."""
+    config = layer(model, layer_id)
+    if keys.dim() == 2 and values.dim() == 2:
+        keys, values = keys[None, :, None], values[None, :, None]
+    meaning = "batch, kv_heads, tokens, head_dim"
+    tensor(model, "k", keys, (None, config.kv_heads, None, config.key_dim), meaning)
+    batch, tokens = keys.shape[0], keys.shape[2]
+    tensor(model, "v", values, (batch, config.kv_heads, tokens, config.value_dim), meaning)
+    if batch == 0:
+        raise InputError("k must have at least one sequence, got a batch of 0")
+    if model.device.type == "cpu":  # elsewhere the check would stop the device
+        for name, states in (("k", keys), ("v", values)):
+            if bool(states.isnan().any()):
+                where = torch.nonzero(states.isnan())[0].tolist()
+                raise InputError(
+                    f"{name} must not hold NaN, got one at [batch, kv_head, token, channel] = {where} of layer "
+                    f"{layer_id}; look for an overflow in the layers before"
+                )
+    return keys, values
+
+
+def positions(token_id: int | Tensor, batch: int, tokens: int) -> Tensor:
+    """Positions int64 [batch, tokens] on the CPU, increasing along a sequence; -1 is padding."""
+    if isinstance(token_id, int):
+        if token_id < 0:
+            raise InputError(f"token_id must not be negative, got {token_id}; it is the position of the first token")
+        if token_id + tokens - 1 > _LARGEST_POSITION:
+            raise InputError(
+                f"token_id must be at most {_LARGEST_POSITION} for the last token, got {token_id} for the first"
+            )
+        return torch.arange(token_id, token_id + tokens).expand(batch, tokens)
+    if token_id.is_floating_point() or token_id.is_complex() or token_id.dtype == torch.bool:
+        raise InputError(f"token_id must be a whole number or a tensor of them, got {token_id.dtype}")
+    if token_id.shape != (batch, tokens):
+        raise InputError(f"token_id must be [batch, tokens] = [{batch}, {tokens}], got {list(token_id.shape)}")
+    placed = token_id.detach().to("cpu", torch.int64)
+    if placed.numel() and int(placed.max()) > _LARGEST_POSITION:
+        raise InputError(f"token_id must be at most {_LARGEST_POSITION}, got {int(placed.max())}")
+    if bool((placed < -1).any()):
+        raise InputError(f"token_id must be a position or -1 for padding, got {int(placed.min())}")
+    return placed
+
+
+def increasing(held: LayerCache, placed: Tensor) -> None:
+    """Raise if a position is not newer than all before it in its sequence."""
+    before = torch.cat([held.last[:, None], placed], dim=1).cummax(dim=1).values[:, :-1]
+    back = (placed >= 0) & (placed <= before)
+    if bool(back.any()):
+        sequence, token = torch.nonzero(back)[0].tolist()
+        raise InputError(
+            f"token_id must increase along a sequence: layer {held.layer_id}, sequence {sequence} has seen position "
+            f"{int(before[sequence, token])}, got {int(placed[sequence, token])}; crop the cache first to go back"
+        )
+
+
+def same_batch(held: LayerCache, batch: int, name: str) -> None:
+    """Raise if a tensor is for another number of sequences than the layer holds."""
+    if batch != held.sequences:
+        raise InputError(
+            f"{name} must have batch = {held.sequences}, the sequences of this cache, got {batch}; "
+            "use join and drop to change the batch"
+        )
+
+
+def index(ids: Tensor | list[int], sequences: int, name: str) -> Tensor:
+    """Sequence numbers int64 [n] on the CPU, each below `sequences`."""
+    chosen = torch.as_tensor(ids).detach().cpu()
+    if chosen.dim() != 1 or chosen.is_floating_point() or chosen.dtype == torch.bool:
+        raise InputError(f"{name} must be a list of sequence numbers, got {chosen.dtype} {list(chosen.shape)}")
+    if len(chosen) and not (int(chosen.min()) >= 0 and int(chosen.max()) < sequences):
+        raise InputError(f"{name} must be between 0 and {sequences - 1}, got {chosen.tolist()}")
+    return chosen.long()

@@ -1,0 +1,214 @@
+"""What a model is and how its cache is composed; checked when constructed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+import attrs
+import torch
+
+from pikv.core.errors import ConfigError
+from pikv.core.exact import Exact, KeepAll, Refuse
+from pikv.core.forms import PageForm
+from pikv.core.ports import Allocator, Backend, Compressor, FullPool, Router, Sharding, TokenSelector, Transport
+from pikv.core.rotary import Rotary
+from pikv.core.torch_backend import TorchBackend
+
+PAGE_SIZES = (16, 32, 64)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _positive(instance: object, attribute: attrs.Attribute[int], value: int) -> None:
+    if not isinstance(value, int) or value < 1:
+        raise ConfigError(f"{attribute.name} must be a positive whole number, got {value!r}")
+
+
+def _optional_positive(instance: object, attribute: attrs.Attribute[int | None], value: int | None) -> None:
+    if value is not None:
+        _positive(instance, attribute, value)  # type: ignore[arg-type]  # the optional attribute, checked as a plain one
+
+
+def _floats(logits: Iterable[float]) -> tuple[float, ...]:
+    return tuple(float(logit) for logit in logits)
+
+
+@attrs.frozen(kw_only=True)
+class LayerConfig:
+    """One attention layer.
+
+    scale: of the scores; 1 / sqrt(key_dim) by default. window: how many tokens back a query sees, itself included;
+    None for all. softcap: scores become softcap * tanh(score / softcap). sinks: one logit a query head that takes
+    weight in the softmax and gives no output (gpt-oss). rotary: how keys were rotated, for parts that need to know.
+    """
+
+    query_heads: int = attrs.field(validator=_positive)
+    kv_heads: int = attrs.field(validator=_positive)
+    key_dim: int = attrs.field(validator=_positive)
+    value_dim: int = attrs.field(validator=_positive)
+    scale: float = attrs.field()
+    window: int | None = attrs.field(default=None, validator=_optional_positive)
+    softcap: float | None = None
+    sinks: tuple[float, ...] | None = attrs.field(default=None, converter=attrs.converters.optional(_floats))
+    rotary: Rotary | None = None
+
+    @scale.default
+    def _scale(self) -> float:
+        return float(self.key_dim**-0.5)
+
+    def __attrs_post_init__(self) -> None:
+        if self.query_heads % self.kv_heads:
+            raise ConfigError(f"query_heads must be a multiple of kv_heads, got {self.query_heads} and {self.kv_heads}")
+        if not (math.isfinite(self.scale) and self.scale > 0):
+            raise ConfigError(f"scale must be a positive number, got {self.scale!r}")
+        if self.softcap is not None and not self.softcap > 0:
+            raise ConfigError(f"softcap must be a positive number or None, got {self.softcap!r}")
+        if self.sinks is not None and len(self.sinks) != self.query_heads:
+            raise ConfigError(
+                f"sinks must have one logit for each of {self.query_heads} query heads, got {len(self.sinks)}"
+            )
+
+    @property
+    def group(self) -> int:
+        """Query heads for each KV head."""
+        return self.query_heads // self.kv_heads
+
+
+@attrs.frozen(init=False)
+class ModelConfig:
+    """The attention layers of a model, their dtype and device, and its experts.
+
+    `ModelConfig(layers=32, query_heads=32, kv_heads=8, head_dim=128)` for a uniform model; `ModelConfig.of([...])`
+    for one whose layers differ.
+    """
+
+    layers: tuple[LayerConfig, ...]
+    dtype: torch.dtype
+    device: torch.device
+    experts: int | None
+    experts_per_token: int | None
+
+    def __init__(
+        self,
+        *,
+        layers: int,
+        query_heads: int,
+        kv_heads: int,
+        head_dim: int,
+        window: int | None = None,
+        rotary: Rotary | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        experts: int | None = None,
+        experts_per_token: int | None = None,
+    ) -> None:
+        if not isinstance(layers, int) or layers < 1:
+            raise ConfigError(f"layers must be a positive whole number, got {layers!r}; see ModelConfig.of for a list")
+        layer = LayerConfig(
+            query_heads=query_heads,
+            kv_heads=kv_heads,
+            key_dim=head_dim,
+            value_dim=head_dim,
+            window=window,
+            rotary=rotary,
+        )
+        self._set((layer,) * layers, dtype, device, experts, experts_per_token)
+
+    @classmethod
+    def of(
+        cls,
+        layers: Iterable[LayerConfig],
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        experts: int | None = None,
+        experts_per_token: int | None = None,
+    ) -> ModelConfig:
+        """A model of the given layers, in their order."""
+        model = cls.__new__(cls)
+        model._set(tuple(layers), dtype, device, experts, experts_per_token)
+        return model
+
+    def _set(
+        self,
+        layers: Sequence[LayerConfig],
+        dtype: torch.dtype,
+        device: torch.device | str,
+        experts: int | None,
+        experts_per_token: int | None,
+    ) -> None:
+        if not layers:
+            raise ConfigError("layers must not be empty")
+        if dtype not in DTYPES:
+            raise ConfigError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype}")
+        if (experts is None) != (experts_per_token is None):
+            raise ConfigError(f"experts and experts_per_token go together, got {experts} and {experts_per_token}")
+        if experts is not None and experts_per_token is not None and not 1 <= experts_per_token <= experts:
+            raise ConfigError(f"experts_per_token must be between 1 and experts = {experts}, got {experts_per_token}")
+        self.__attrs_init__(tuple(layers), dtype, torch.device(device), experts, experts_per_token)
+
+
+@attrs.frozen(kw_only=True)
+class RuntimeConfig:
+    """How a cache is composed. Every default is exact, in memory, and needs torch alone.
+
+    page_size: tokens a sealed page holds. tail_tokens: the newest tokens of a row that stay exact. budget_tokens:
+    the mean number of tokens that a layer and KV head may keep, sinks and tail included; None keeps everything.
+    backends: asked in this order for a kernel, once a layer. transport and sharding: where tokens are stored when
+    several ranks decode together.
+    """
+
+    compressor: Compressor = attrs.field(factory=Exact)
+    token_selector: TokenSelector = attrs.field(factory=KeepAll)
+    allocator: Allocator | None = None
+    budget_tokens: int | None = attrs.field(default=None, validator=_optional_positive)
+    router: Router | None = None
+    page_size: int = 64
+    tail_tokens: int = attrs.field(default=128, validator=_positive)
+    when_full: FullPool = attrs.field(factory=Refuse)
+    backends: tuple[Backend, ...] = attrs.field(default=(TorchBackend(),), converter=tuple)
+    transport: Transport | None = None
+    sharding: Sharding | None = None
+
+    def __attrs_post_init__(self) -> None:
+        if self.page_size not in PAGE_SIZES:
+            raise ConfigError(f"page_size must be one of {PAGE_SIZES}, got {self.page_size!r}")
+        if not self.backends:
+            raise ConfigError("backends must not be empty; the torch backend serves every composition")
+        if (self.transport is None) != (self.sharding is None):
+            given, missing = ("transport", "sharding") if self.sharding is None else ("sharding", "transport")
+            raise ConfigError(f"{given} was given without {missing}; several ranks need both, one rank neither")
+        self._check_budget()
+
+    def _check_budget(self) -> None:
+        keeps_all = isinstance(self.token_selector, KeepAll)
+        if self.budget_tokens is None:
+            if not keeps_all or self.allocator is not None:
+                part = self.allocator if keeps_all else self.token_selector
+                raise ConfigError(
+                    f"{type(part).__name__} needs a budget_tokens to keep to; give one, or leave the part out"
+                )
+            return
+        if keeps_all:
+            raise ConfigError(
+                f"budget_tokens={self.budget_tokens} needs a token_selector that says what leaves; "
+                "the nearest is Recent(), sinks and a recent window"
+            )
+        if self.allocator is None:
+            raise ConfigError("budget_tokens needs an allocator; the nearest is Uniform(), the same for all layers")
+        selector = self.token_selector
+        if self.tail_tokens < selector.recent:
+            raise ConfigError(
+                f"tail_tokens must be >= recent = {selector.recent} of {type(selector).__name__}, since the recent "
+                f"window lives in the tail, got {self.tail_tokens}; raise it or lower recent"
+            )
+        least = self.tail_tokens + (self.page_size if selector.sinks else 0)
+        if self.budget_tokens < least:
+            raise ConfigError(
+                f"budget_tokens must be >= tail_tokens + a page for the sinks = {least}, got {self.budget_tokens}; "
+                "raise it or lower tail_tokens"
+            )
+
+    def form(self, layer: LayerConfig, dtype: torch.dtype) -> PageForm:
+        """The layout of this layer's pages."""
+        return self.compressor.form(layer, page_size=self.page_size, dtype=dtype)

@@ -1,0 +1,37 @@
+"""What PiKV raises. Each error is also the builtin that a caller would expect."""
+
+from __future__ import annotations
+
+
+class PiKVError(Exception):
+    """The base of all errors that PiKV raises on purpose."""
+
+
+class ConfigError(PiKVError, ValueError):
+    """A setting, or a combination of settings, that cannot work."""
+
+
+class InputError(PiKVError, ValueError):
+    """A tensor or an argument of the wrong shape, type, device or value."""
+
+
+class LayerError(PiKVError, IndexError):
+    """A layer that the model does not have."""
+
+
+class UnknownNameError(PiKVError, KeyError):
+    """A name that the composer does not know."""
+
+    __str__ = Exception.__str__  # KeyError would print the message in quotes
+
+
+class StateError(PiKVError, RuntimeError):
+    """An operation that the cache cannot carry out in the state it is in."""
+
+
+class PoolFullError(PiKVError, MemoryError):
+    """The pool has no room for the pages asked for, and the composition does not evict."""
+
+
+class TransportError(PiKVError, OSError):
+    """A collective that failed; names the operation and the rank."""

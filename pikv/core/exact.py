@@ -1,0 +1,69 @@
+"""The defaults: pages that hold what was put in, a selector that keeps everything, a pool that refuses."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, final
+
+import attrs
+import torch
+from torch import Tensor
+
+from pikv.core.forms import Dense, PageForm
+from pikv.core.ports.compressor import Compressor
+from pikv.core.ports.full_pool import FullPool
+from pikv.core.ports.selector import TokenSelector
+from pikv.core.views import TokenView
+
+if TYPE_CHECKING:
+    from pikv.core.config import LayerConfig
+
+
+@final
+@attrs.frozen
+class Exact(Compressor):
+    """Store keys and values as they are, in the model's dtype."""
+
+    def form(self, layer: LayerConfig, *, page_size: int, dtype: torch.dtype) -> PageForm:
+        """Keys [key_dim, page_size], values [page_size, value_dim], positions int32 [page_size]."""
+        return PageForm.packed(
+            page_size,
+            Dense(dtype),
+            Dense(dtype),
+            {
+                "keys": (dtype, (layer.key_dim, page_size)),
+                "values": (dtype, (page_size, layer.value_dim)),
+                "positions": (torch.int32, (page_size,)),
+            },
+        )
+
+    def encode(self, form: PageForm, keys: Tensor, values: Tensor, positions: Tensor, out: Tensor) -> None:
+        """Copy; keys are transposed on the way."""
+        form.view(out, "keys").copy_(keys.mT)
+        form.view(out, "values").copy_(values)
+        form.view(out, "positions").copy_(positions)
+
+    def decode(self, form: PageForm, pages: Tensor) -> tuple[Tensor, Tensor]:
+        """Views of the pages."""
+        return form.view(pages, "keys").mT, form.view(pages, "values")
+
+
+@final
+@attrs.frozen(kw_only=True)
+class KeepAll(TokenSelector):
+    """Evict nothing."""
+
+    sinks: int = 0
+    recent: int = 0
+
+    def score(self, view: TokenView) -> Tensor:
+        """All tokens matter the same: zeros [sequences, kv_heads, tokens]."""
+        return torch.zeros(view.positions.shape, device=view.positions.device)
+
+
+@final
+@attrs.frozen
+class Refuse(FullPool):
+    """Raise PoolFullError; the caller decides what to give up."""
+
+    def leaving(self, newest: Tensor, pages_needed: int) -> None:
+        """Nothing leaves."""

@@ -1,0 +1,202 @@
+"""One layer of a cache: a tail and a table of sealed pages for each sequence and KV head."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor
+
+from pikv.core.config import LayerConfig
+from pikv.core.pool import PagePool
+from pikv.core.ports.backend import AttendKernel, PageCodec, Pages
+from pikv.core.tables import ABSENT, PageTable, all_live, live_slots, pack_slots
+from pikv.core.tail import EMPTY, Tail
+from pikv.core.views import ContextKV, TokenView
+
+NEVER = -1
+
+
+@attrs.define(kw_only=True)
+class LayerCache:
+    """The tokens of one layer. Tables, lengths and positions live on the CPU, keys and values on the model's device.
+
+    first, last: int64 [sequences], the oldest and newest position that a sequence has seen, NEVER before any.
+    seen: int64 [sequences], the tokens offered to this place. forgotten: int64 [sequences], the newest position that
+    the window left out. queried: int64 [sequences, tokens], the positions of the last update. settled: whether that
+    update has been evicted from, and sealed.
+    """
+
+    layer_id: int
+    codec: PageCodec
+    kernel: AttendKernel
+    pool: PagePool
+    tail: Tail
+    table: PageTable
+    first: Tensor
+    last: Tensor
+    seen: Tensor
+    forgotten: Tensor
+    queried: Tensor
+    settled: bool = True
+    _pages: Pages | None = None
+
+    @classmethod
+    def empty(
+        cls, layer_id: int, codec: PageCodec, kernel: AttendKernel, pool: PagePool, keys: Tensor, values: Tensor
+    ) -> LayerCache:
+        """A layer without tokens for sequences such as keys [sequences, kv_heads, tokens, key_dim] and values."""
+        sequences, kv_heads = keys.shape[:2]
+        never = torch.full((sequences,), NEVER)
+        return cls(
+            layer_id=layer_id,
+            codec=codec,
+            kernel=kernel,
+            pool=pool,
+            tail=Tail.empty(keys, values),
+            table=PageTable.empty(sequences, kv_heads),
+            first=never,
+            last=never,
+            seen=torch.zeros(sequences, dtype=torch.int64),
+            forgotten=never,
+            queried=torch.empty(sequences, 0, dtype=torch.int64),
+        )
+
+    @property
+    def config(self) -> LayerConfig:
+        """The layer's shape and attention."""
+        return self.codec.layer
+
+    @property
+    def sequences(self) -> int:
+        """The batch."""
+        return len(self.last)
+
+    @property
+    def page_size(self) -> int:
+        """Slots of a page."""
+        return self.codec.form.page_size
+
+    def append(self, keys: Tensor, values: Tensor, positions: Tensor, stored: Tensor) -> None:
+        """Take new tokens into the tail.
+
+        positions: int64 [sequences, tokens], -1 for padding; stored: the same, -1 also for other places' tokens.
+        """
+        self.tail.append(keys, values, stored)
+        oldest = positions.masked_fill(positions < 0, torch.iinfo(torch.int64).max).amin(-1)
+        newest = positions.amax(-1)
+        self.first = torch.where((self.first == NEVER) & (newest >= 0), oldest, self.first)
+        self.last = torch.maximum(self.last, newest)
+        self.seen = self.seen + (stored >= 0).sum(-1)
+        self.queried, self.settled = positions, False
+
+    def unseen_from_now_on(self) -> Tensor | None:
+        """The newest position that no later query sees, int64 [sequences]; None without a window."""
+        return None if self.config.window is None else self.last + 1 - self.config.window
+
+    def pages(self) -> Pages:
+        """The sealed pages as kernels take them; made once after each change of the table."""
+        if self._pages is None:
+            width, device = self.table.width, self.pool.device
+            live = self.table.live[..., :width]
+            rows = self.pool.rows(self.table.ids[..., :width].clamp(min=0))
+            ordered = rows.permute(2, 0, 1).flatten()
+            in_place = bool((live == all_live(self.page_size)).all()) and bool((ordered.diff() == 1).all())
+            self._pages = Pages(
+                slab=self.pool.slab(self.codec.form),
+                rows=rows.to(device),
+                live=live.to(device),
+                run=int(ordered[0]) if in_place and len(ordered) else None,
+            )
+        return self._pages
+
+    def add_pages(self, ids: Tensor, newest: Tensor, counts: Tensor, *, live: int) -> None:
+        """Add sealed pages to the rows; see PageTable.append."""
+        self.table.append(ids, newest, counts, live=live)
+        self._pages = None
+
+    def keep_pages(self, kept: Tensor) -> None:
+        """Keep the pages marked in kept, bool [sequences, kv_heads, pages]; the others are let go."""
+        if bool((kept | (self.table.ids[..., : kept.shape[-1]] == ABSENT)).all()):
+            return
+        self.pool.release(self.codec.form, self.table.keep(kept))
+        self._pages = None
+
+    def clear_slots(self, kept: Tensor) -> None:
+        """Clear the live bits of slots not marked in kept, bool [sequences, kv_heads, pages, page_size]."""
+        live = self.table.live[..., : self.table.width]
+        fewer = live & pack_slots(kept)
+        if not torch.equal(live, fewer):
+            live.copy_(fewer)
+            self._pages = None
+
+    def slot_positions(self) -> Tensor:
+        """The positions of the pages' slots, int32 [sequences, kv_heads, pages, page_size], on the CPU."""
+        pages = self.pages()
+        return self.codec.form.view(pages.slab, "positions")[pages.rows.long()].cpu()
+
+    def view(self) -> TokenView:
+        """All slots as a policy sees them: the pages', page after page, then the tail's; -1 where there is no token."""
+        tail = self.tail.positions[..., : self.tail.width]
+        if not self.table.width:
+            return TokenView(layer_id=self.layer_id, positions=tail, decode=self._decode)
+        live = live_slots(self.table.live[..., : self.table.width], self.page_size)
+        sealed = self.slot_positions().masked_fill(~live, EMPTY).flatten(2).to(tail.device)
+        return TokenView(layer_id=self.layer_id, positions=torch.cat([sealed, tail], dim=-1), decode=self._decode)
+
+    def _decode(self) -> tuple[Tensor, Tensor]:
+        keys, values = (states[:, :, : self.tail.width] for states in (self.tail.keys, self.tail.values))
+        if not self.table.width:
+            return keys, values
+        pages = self.pages()
+        stored = pages.slab[pages.rows.flatten().long()]
+        sealed = self.codec.compressor.decode(self.codec.form, stored)
+        old_keys, old_values = (states.to(keys.dtype).unflatten(0, pages.rows.shape).flatten(2, 3) for states in sealed)
+        return torch.cat([old_keys, keys], dim=2), torch.cat([old_values, values], dim=2)
+
+    def context(self) -> ContextKV:
+        """All tokens, decoded, each row's from index 0 on."""
+        view = self.view()
+        mask = view.positions != EMPTY
+        order = mask.logical_not().int().sort(dim=-1, stable=True).indices[..., : int(mask.sum(-1).amax())]
+        mask = mask.gather(-1, order)
+
+        def aligned(states: Tensor) -> Tensor:
+            index = order[..., None].expand(*order.shape, states.shape[-1])
+            return states.gather(2, index).masked_fill(~mask[..., None], 0)
+
+        keys, values = self._decode()
+        positions = view.positions.gather(-1, order)
+        return ContextKV(keys=aligned(keys), values=aligned(values), positions=positions, mask=mask)
+
+    def select(self, index: Tensor) -> LayerCache:
+        """A layer of the sequences at index int64 [n]; it holds their pages too."""
+        table = self.table.select(index)
+        self.pool.retain(table.held())
+        states: dict[str, Any] = {name: getattr(self, name)[index] for name in _BY_SEQUENCE}
+        return attrs.evolve(self, tail=self.tail.select(index), table=table, pages=None, **states)
+
+    @classmethod
+    def joined(cls, layers: list[LayerCache]) -> LayerCache:
+        """A layer of the sequences of several, which must be settled; it holds their pages too."""
+        for layer in layers:
+            layer.pool.retain(layer.table.held())
+        states: dict[str, Any] = {
+            name: torch.cat([getattr(layer, name) for layer in layers]) for name in _BY_SEQUENCE - {"queried"}
+        }
+        return attrs.evolve(
+            layers[0],
+            tail=Tail.joined([layer.tail for layer in layers]),
+            table=PageTable.joined([layer.table for layer in layers]),
+            queried=torch.empty(len(states["last"]), 0, dtype=torch.int64),
+            pages=None,
+            **states,
+        )
+
+    def release(self) -> None:
+        """Let go of all pages."""
+        self.pool.release(self.codec.form, self.table.held())
+
+
+_BY_SEQUENCE = {"first", "last", "seen", "forgotten", "queried"}

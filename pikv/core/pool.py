@@ -1,0 +1,167 @@
+"""The page pool: who holds which page, and where its bytes lie. Shared by caches, and locked."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from pikv.core.errors import ConfigError, PoolFullError, StateError
+from pikv.core.forms import PageForm
+from pikv.core.slab import DeviceSlab, FreeRuns, HostSlab, physical_memory_bytes
+
+if TYPE_CHECKING:
+    from pikv.core.config import ModelConfig, RuntimeConfig
+
+_FREE = -1
+
+
+class _FormSlab:
+    """The slab of one form, with its free rows."""
+
+    def __init__(self, form: PageForm, capacity_bytes: int, device: torch.device) -> None:
+        rows = capacity_bytes // form.stride
+        self.stride = form.stride
+        self.memory = HostSlab(rows, form.stride) if device.type == "cpu" else DeviceSlab(rows, form.stride, device)
+        self.free = FreeRuns.of(rows)
+
+    def release(self, start: int, stop: int) -> None:
+        """Free a run of rows and give its memory back, memory pages shared with free neighbours included."""
+        whole = self.free.give(start, stop)
+        first = max(whole.start * self.stride, start * self.stride - 4096)
+        last = min(whole.stop * self.stride, stop * self.stride + 4096)
+        self.memory.give_back(first, last)
+
+
+class PagePool:
+    """Pages of all caches that share it. A page is named by its id (int32); `rows` says where its bytes are.
+
+    capacity_bytes: of the pages of all forms together; by default the machine's main memory, of which nothing is
+    taken before a page is written. A pool on another device takes its capacity at once and must be told it.
+    """
+
+    def __init__(self, model: ModelConfig, runtime: RuntimeConfig, capacity_bytes: int | None = None) -> None:
+        self.device = model.device
+        forms = {runtime.form(layer, model.dtype) for layer in model.layers}
+        if capacity_bytes is None:
+            if self.device.type != "cpu":
+                raise ConfigError(f"capacity_bytes: a pool on {self.device} must be told how much to take")
+            capacity_bytes = physical_memory_bytes()
+        if capacity_bytes < min(form.stride for form in forms):
+            needed = min(form.stride for form in forms)
+            raise ConfigError(f"capacity_bytes must hold at least one page of {needed} bytes, got {capacity_bytes}")
+        self.capacity_bytes = capacity_bytes
+        self._slabs = {form: _FormSlab(form, capacity_bytes, self.device) for form in forms}
+        self._row_of = torch.empty(0, dtype=torch.int32)
+        self._references = torch.empty(0, dtype=torch.int32)
+        self._free_ids: list[int] = []
+        self._used_bytes = 0
+        self._lock = threading.RLock()
+
+    def locked(self) -> threading.RLock:
+        """The pool's lock, for what must not be interleaved with another cache: `with pool.locked(): ...`."""
+        return self._lock
+
+    @property
+    def used_bytes(self) -> int:
+        """The bytes of all pages that somebody holds."""
+        return self._used_bytes
+
+    @property
+    def bytes_a_page(self) -> int:
+        """The bytes that the pool's own tables take for each page."""
+        return self._row_of.itemsize + self._references.itemsize
+
+    def slab(self, form: PageForm) -> Tensor:
+        """The memory of a form's pages: uint8 [rows, stride]."""
+        return self._form_slab(form).memory.tensor
+
+    def free_pages(self, form: PageForm) -> int:
+        """How many more pages of this form fit."""
+        with self._lock:
+            slab = self._form_slab(form)
+            return min(slab.free.total, (self.capacity_bytes - self._used_bytes) // slab.stride)
+
+    def allocate(self, form: PageForm, count: int) -> Tensor:
+        """Take `count` pages, side by side if there is such a run: int32 ids, each held once.
+
+        Raises PoolFullError and takes nothing when they do not fit.
+        """
+        with self._lock:
+            room = self.free_pages(form)
+            if count > room:
+                raise PoolFullError(
+                    f"pool: {count} pages of {form.stride} bytes are needed and {room} are left of "
+                    f"capacity_bytes={self.capacity_bytes}; raise it, give the layers a budget_tokens, drop "
+                    "sequences, or compose when_full=EvictOldest()"
+                )
+            slab = self._form_slab(form)
+            rows = [torch.arange(run.start, run.stop, dtype=torch.int32) for run in slab.free.take(count)]
+            ids = self._new_ids(count)
+            self._row_of[ids] = torch.cat(rows) if rows else torch.empty(0, dtype=torch.int32)
+            self._references[ids] = 1
+            self._used_bytes += count * slab.stride
+            return ids
+
+    def freed_by(self, ids: Tensor) -> int:
+        """How many pages would be free if each of these ids were released once."""
+        held, times = ids.unique(return_counts=True)
+        return int((self._references[held] == times).sum())
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """The slab rows of pages: int32, the shape of ids."""
+        return self._row_of[ids]
+
+    def retain(self, ids: Tensor) -> None:
+        """Hold pages once more; an id that comes twice is held twice."""
+        with self._lock:
+            self._references.index_add_(0, ids, torch.ones_like(ids, dtype=torch.int32))
+
+    def release(self, form: PageForm, ids: Tensor) -> None:
+        """Let go of pages of one form, once for each time an id is given; those that nobody holds are freed."""
+        with self._lock:
+            self._references.index_add_(0, ids, torch.full_like(ids, -1, dtype=torch.int32))
+            freed = ids[self._references[ids] == 0].unique()
+            if not len(freed):
+                return
+            slab = self._form_slab(form)
+            rows = self._row_of[freed].sort().values
+            breaks = torch.nonzero(rows.diff() != 1).flatten() + 1
+            for run in torch.tensor_split(rows, breaks.tolist()):
+                slab.release(int(run[0]), int(run[-1]) + 1)
+            self._row_of[freed] = _FREE
+            self._free_ids.extend(reversed(freed.tolist()))
+            self._used_bytes -= len(freed) * slab.stride
+
+    def check_integrity(self) -> None:
+        """Raise StateError unless every page is in exactly one place and the bytes add up."""
+        with self._lock:
+            held = self._references > 0
+            used = sum((len(slab.memory.tensor) - slab.free.total) * slab.stride for slab in self._slabs.values())
+            if used != self._used_bytes or not torch.equal(held, self._row_of != _FREE):
+                raise StateError(
+                    f"pool: {self._used_bytes} bytes are held, the slabs have {used} in use, "
+                    f"{int(held.sum())} pages are held; this is a defect of PiKV, please report it"
+                )
+
+    def _form_slab(self, form: PageForm) -> _FormSlab:
+        if form not in self._slabs:
+            raise ConfigError(
+                "pool: it has no pages of this form; build it from the same model and runtime as the cache"
+            )
+        return self._slabs[form]
+
+    def _new_ids(self, count: int) -> Tensor:
+        missing = count - len(self._free_ids)
+        if missing > 0:
+            old = len(self._row_of)
+            new = old + max(missing, old)
+            grown = torch.full((new - old,), _FREE, dtype=torch.int32)
+            self._row_of = torch.cat([self._row_of, grown])
+            self._references = torch.cat([self._references, torch.zeros_like(grown)])
+            self._free_ids[:0] = range(new - 1, old - 1, -1)
+        ids = self._free_ids[len(self._free_ids) - count :]
+        del self._free_ids[len(self._free_ids) - count :]
+        return torch.tensor(ids[::-1], dtype=torch.int32)

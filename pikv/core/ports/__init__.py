@@ -1,0 +1,25 @@
+"""The ports: what a part of a cache must do, whoever writes it."""
+
+from pikv.core.ports.allocator import Allocator
+from pikv.core.ports.backend import AttendKernel, Backend, PageCodec, Pages
+from pikv.core.ports.compressor import Compressor
+from pikv.core.ports.full_pool import FullPool
+from pikv.core.ports.router import Router, Routing
+from pikv.core.ports.selector import TokenSelector
+from pikv.core.ports.sharding import Sharding
+from pikv.core.ports.transport import Transport
+
+__all__ = [
+    "Allocator",
+    "AttendKernel",
+    "Backend",
+    "Compressor",
+    "FullPool",
+    "PageCodec",
+    "Pages",
+    "Router",
+    "Routing",
+    "Sharding",
+    "TokenSelector",
+    "Transport",
+]

@@ -1,0 +1,28 @@
+"""The allocator port: how many pages each layer and head may keep."""
+
+from __future__ import annotations
+
+import abc
+
+from torch import Tensor
+
+from pikv.core.views import AllocationRequest
+
+
+class Allocator(abc.ABC):
+    """Share a budget out. Settings only.
+
+    The sum over layers is `clamp(budget, sum of floors, sum of ceilings)`, exactly; `pikv.core.rounding` does the
+    arithmetic, so that an author writes only the wanted proportions.
+    """
+
+    @abc.abstractmethod
+    def layers(self, request: AllocationRequest) -> Tensor:
+        """Return the pages of each layer, all heads together: int64 [sequences, layers]."""
+
+    @abc.abstractmethod
+    def heads(self, request: AllocationRequest, layer_id: int, pages: Tensor, scores: Tensor | None) -> Tensor:
+        """Split the pages [sequences] of one layer among its heads: int64 [sequences, kv_heads].
+
+        scores: [sequences, kv_heads, tokens] of the token selector, or None where it gave none.
+        """

@@ -1,0 +1,66 @@
+"""The backend port: which kernels run on which page forms, on which device."""
+
+from __future__ import annotations
+
+import abc
+from typing import TYPE_CHECKING, Protocol
+
+import attrs
+import torch
+from torch import Tensor
+
+from pikv.core.attention import Partial
+from pikv.core.forms import PageForm
+from pikv.core.ports.compressor import Compressor
+
+if TYPE_CHECKING:
+    from pikv.core.config import LayerConfig
+
+
+@attrs.frozen(kw_only=True)
+class PageCodec:
+    """A compressor together with the layer and the form that it is used for."""
+
+    compressor: Compressor
+    layer: LayerConfig
+    form: PageForm
+
+
+@attrs.frozen(kw_only=True)
+class Pages:
+    """Sealed pages of one layer, where they lie.
+
+    slab: uint8 [rows, stride]. rows: int32 [sequences, kv_heads, pages], a row of the slab; live: int64 of the same
+    shape, one bit a slot, 0 where a row of the table has fewer pages than the longest.
+    run: the first of the slab rows if all pages are live and lie side by side in the order [pages, sequences,
+    kv_heads], else None.
+    """
+
+    slab: Tensor
+    rows: Tensor
+    live: Tensor
+    run: int | None
+
+
+class AttendKernel(Protocol):
+    """Attention of every query to every live slot of the pages."""
+
+    def __call__(self, query: Tensor, pages: Pages, *, oldest: Tensor | None = None) -> Partial:
+        """Attend query [sequences, kv_heads, queries, key_dim]; the Partial has the shape [..., queries, value_dim].
+
+        oldest: int64 [sequences, queries], the oldest position that each query sees; None when all see everything.
+        """
+        ...
+
+
+class Backend(abc.ABC):
+    """A family of kernels. Settings only."""
+
+    @property
+    @abc.abstractmethod
+    def name(self) -> str:
+        """What `describe()` calls it."""
+
+    @abc.abstractmethod
+    def attend(self, codec: PageCodec, device: torch.device) -> AttendKernel | None:
+        """Return the kernel for these pages on this device, or None if there is none."""

@@ -1,0 +1,42 @@
+"""The compressor port: how the tokens of a page become bytes and come back."""
+
+from __future__ import annotations
+
+import abc
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from pikv.core.forms import PageForm
+
+if TYPE_CHECKING:
+    from pikv.core.config import LayerConfig
+
+
+class Compressor(abc.ABC):
+    """A page format. Settings only; it knows no device and holds no state.
+
+    A page is encoded once, when it is sealed, and never again: encoding twice would add up errors.
+    """
+
+    @abc.abstractmethod
+    def form(self, layer: LayerConfig, *, page_size: int, dtype: torch.dtype) -> PageForm:
+        """Return the layout of a page of this layer's tokens; dtype is the model's.
+
+        Every form has a field "positions", int32 [page_size].
+        """
+
+    @abc.abstractmethod
+    def encode(self, form: PageForm, keys: Tensor, values: Tensor, positions: Tensor, out: Tensor) -> None:
+        """Write n pages into out uint8 [n, form.stride]; changes nothing else.
+
+        keys [n, page_size, key_dim], values [n, page_size, value_dim], positions int32 [n, page_size].
+        """
+
+    @abc.abstractmethod
+    def decode(self, form: PageForm, pages: Tensor) -> tuple[Tensor, Tensor]:
+        """Return keys [n, page_size, key_dim] and values [n, page_size, value_dim] of pages uint8 [n, form.stride].
+
+        What comes back may be a view of the pages; the caller does not write to it.
+        """

@@ -1,0 +1,85 @@
+"""How a layer is read: sealed pages by a backend's kernel, the tail by the oracle, merged by log-sum-exp."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pikv.core import attention
+from pikv.core.attention import Partial
+from pikv.core.layer import LayerCache
+from pikv.core.tail import EMPTY
+
+SCORES_AT_ONCE = 1 << 24  # entries of the score matrix that a prompt's attention holds at a time
+
+
+def attend(layer: LayerCache, query: Tensor, positions: Tensor) -> Partial:
+    """Attention over the stored tokens of a layer.
+
+    query [sequences, kv_heads, group, tokens, key_dim] at positions int64 [sequences, tokens], the last update's.
+    The Partial has the shape [sequences, kv_heads, group, tokens, ...]. Sealed pages are older than every query, so
+    causality concerns the tail only.
+    """
+    parts = [_attend_tail(layer, query, positions)]
+    if layer.table.width:
+        folded = layer.kernel(query.flatten(2, 3), layer.pages(), oldest=_oldest(layer, positions))
+        shape = query.shape[2:4]
+        parts.append(Partial(folded.output.unflatten(2, shape), folded.log_sum_exp.unflatten(2, shape)))
+    if layer.config.sinks is not None:
+        logits = torch.tensor(layer.config.sinks, device=query.device).view(query.shape[1], -1, 1)
+        parts.append(attention.sink(logits, like=parts[0]))
+    return attention.merge(parts)
+
+
+def _oldest(layer: LayerCache, positions: Tensor) -> Tensor | None:
+    """The oldest position that each query sees, [sequences, group * tokens], or None if the live masks say it.
+
+    They do when one token follows the last: settling cleared what its window leaves out.
+    """
+    window = layer.config.window
+    if window is None:
+        return None
+    oldest = positions - window + 1
+    if positions.shape[1] == 1 and bool((oldest[:, 0] <= layer.forgotten + 1).all()):
+        return None
+    return oldest.repeat(1, layer.config.group).to(layer.tail.keys.device)
+
+
+def _attend_tail(layer: LayerCache, query: Tensor, positions: Tensor) -> Partial:
+    sequences, kv_heads, group, tokens = query.shape[:4]
+    asked = positions.to(query.device)
+    at_once = max(1, SCORES_AT_ONCE // max(1, sequences * kv_heads * group * layer.tail.width))
+    blocks = [slice(start, start + at_once) for start in range(0, tokens, at_once)]
+    parts = [_attend_block(layer, query[:, :, :, block], asked[:, block], causal=tokens > 1) for block in blocks]
+    return Partial(
+        torch.cat([part.output for part in parts], dim=3), torch.cat([part.log_sum_exp for part in parts], dim=3)
+    )
+
+
+def _attend_block(layer: LayerCache, query: Tensor, asked: Tensor, *, causal: bool) -> Partial:
+    """One token a sequence sees all that the tail holds; of several, each sees what is no newer than itself."""
+    width, (group, tokens) = layer.tail.width, query.shape[2:4]
+    held = layer.tail.positions[:, :, None, :width]  # [sequences, kv_heads, 1, width]
+    asked = asked[:, None, :, None]  # [sequences, 1, tokens, 1]
+    rules = []
+    if not layer.tail.even:
+        rules.append(held != EMPTY)
+    if causal:
+        rules.append(held <= asked)
+    if layer.config.window is not None:
+        rules.append(held > asked - layer.config.window)
+    mask = None
+    if rules:
+        mask = rules[0]
+        for rule in rules[1:]:
+            mask = mask & rule
+        mask = mask.expand(-1, -1, tokens, -1).repeat(1, 1, group, 1)
+    part = attention.attend(
+        query.flatten(2, 3),
+        layer.tail.keys[:, :, :width],
+        layer.tail.values[:, :, :width],
+        scale=layer.config.scale,
+        softcap=layer.config.softcap,
+        mask=mask,
+    )
+    return Partial(part.output.unflatten(2, (group, tokens)), part.log_sum_exp.unflatten(2, (group, tokens)))

@@ -1,0 +1,44 @@
+"""What a cache tells about itself: bytes, read from its storages, and its composition."""
+
+from __future__ import annotations
+
+import attrs
+
+
+@attrs.frozen(kw_only=True)
+class StoredBytes:
+    """The bytes that a cache holds, read from its storages.
+
+    pages: the slab rows of its sealed pages, a page shared with another cache included. tail: keys, values and
+    positions that are not sealed, unused room included. indexes: of page selectors. tables: page tables, and the
+    pool's entries for the pages.
+    """
+
+    pages: int
+    tail: int
+    indexes: int
+    tables: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.pages + self.tail + self.indexes + self.tables
+
+    def __str__(self) -> str:
+        """One line, in MiB."""
+        parts = ", ".join(f"{name} {nbytes / 2**20:.2f}" for name, nbytes in attrs.asdict(self).items())
+        return f"{self.total / 2**20:.2f} MiB ({parts})"
+
+
+@attrs.frozen
+class Description:
+    """Which parts a cache is composed of, and which backend serves each step and why."""
+
+    parts: dict[str, str]
+    steps: dict[str, str]
+
+    def __str__(self) -> str:
+        """One line a part."""
+        rows = {**self.parts, **self.steps}
+        width = max(len(name) for name in rows)
+        return "\n".join(f"{name:<{width}}  {text}" for name, text in rows.items())

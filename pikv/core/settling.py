@@ -1,0 +1,173 @@
+"""What happens to a layer after it has been read: windows slide, budgets are kept, full pages are sealed.
+
+What leaves is decided first, then room is made in the pool, and only then anything changes, so that a full pool
+leaves the layer as it was.
+"""
+
+from __future__ import annotations
+
+import attrs
+import torch
+from torch import Tensor
+
+from pikv.core.errors import PoolFullError
+from pikv.core.eviction import Candidates, choose
+from pikv.core.layer import LayerCache
+from pikv.core.ports.full_pool import FullPool
+from pikv.core.ports.selector import TokenSelector
+from pikv.core.tables import ABSENT, all_live, new_pages
+from pikv.core.tail import EMPTY
+
+
+@attrs.define
+class _Kept:
+    """What stays: pages bool [sequences, kv_heads, pages], tail tokens bool [sequences, kv_heads, width]."""
+
+    pages: Tensor
+    tail: Tensor
+
+    @classmethod
+    def all_of(cls, layer: LayerCache) -> _Kept:
+        return cls(
+            layer.table.ids[..., : layer.table.width] != ABSENT,
+            layer.tail.positions[..., : layer.tail.width].cpu() != EMPTY,
+        )
+
+
+def settle(
+    layer: LayerCache,
+    *,
+    selector: TokenSelector,
+    budget_tokens: Tensor | None,
+    tail_tokens: int | None,
+    when_full: FullPool,
+) -> None:
+    """Slide the layer's window, evict to budget_tokens int64 [sequences, kv_heads], seal all but tail_tokens.
+
+    budget_tokens: None evicts nothing. tail_tokens: None seals nothing. Raises PoolFullError, nothing changed.
+    """
+    over = budget_tokens is not None and bool((occupied_tokens(layer) > budget_tokens).any())
+    if layer.config.window is not None or over or _pages_to_seal(layer.tail.lengths, layer, tail_tokens).any():
+        kept = _Kept.all_of(layer)
+        _slide(layer, kept)
+        if over and budget_tokens is not None:
+            _evict(layer, kept, selector, budget_tokens)
+        _apply(layer, kept, _pages_to_seal(kept.tail.sum(-1), layer, tail_tokens), when_full)
+    layer.settled = True
+
+
+def occupied_tokens(layer: LayerCache) -> Tensor:
+    """The tokens that each row takes room for, int64 [sequences, kv_heads]: a page counts whole."""
+    return layer.table.counts * layer.page_size + layer.tail.lengths
+
+
+def _pages_to_seal(lengths: Tensor, layer: LayerCache, tail_tokens: int | None) -> Tensor:
+    """The whole pages that lie beyond the newest tail_tokens of each row."""
+    if tail_tokens is None:
+        return torch.zeros_like(lengths)
+    return ((lengths - tail_tokens) // layer.page_size).clamp(min=0)
+
+
+def _slide(layer: LayerCache, kept: _Kept) -> None:
+    """Leave out the pages that no later query sees, and the tail tokens once they would fill a page."""
+    bound = layer.unseen_from_now_on()
+    if bound is None:
+        return
+    kept.pages &= layer.table.newest[..., : layer.table.width] > bound[:, None, None]
+    stale = kept.tail & (layer.tail.positions[..., : layer.tail.width].cpu() <= bound[:, None, None])
+    if stale.numel() and int(stale.sum(-1).amax()) >= layer.page_size:
+        kept.tail &= ~stale
+
+
+def _evict(layer: LayerCache, kept: _Kept, selector: TokenSelector, budget_tokens: Tensor) -> None:
+    """Leave out what scores lowest until each row is within its budget."""
+    view = layer.view()
+    present = view.positions != EMPTY
+    slots = kept.pages.repeat_interleave(layer.page_size, dim=-1)
+    present &= torch.cat([slots, kept.tail], dim=-1).to(present.device)
+    age = present.flip(-1).cumsum(-1).flip(-1)  # 1 for the newest present token, 2 for the one before
+    first = (layer.first + selector.sinks)[:, None, None].to(present.device)
+    candidates = Candidates(
+        scores=selector.score(view),
+        present=present,
+        protected=(view.positions < first) | (age <= selector.recent),
+        pages=layer.table.width,
+        page_size=layer.page_size,
+    )
+    kept.pages, kept.tail = (chosen.cpu() for chosen in choose(candidates, budget_tokens))
+
+
+def _apply(layer: LayerCache, kept: _Kept, counts: Tensor, when_full: FullPool) -> None:
+    with layer.pool.locked():
+        _make_room(layer, kept, int(counts.sum()), when_full)
+        bound = layer.unseen_from_now_on()
+        layer.keep_pages(kept.pages)
+        if not bool(kept.tail.all()) or not layer.tail.even:
+            layer.tail.keep(kept.tail.to(layer.tail.keys.device))
+        if bound is not None:
+            layer.forgotten = torch.maximum(layer.forgotten, bound)
+            if layer.table.width:
+                layer.clear_slots(layer.slot_positions() > bound[:, None, None, None])
+        if bool(counts.any()):
+            _seal(layer, counts)
+
+
+def _make_room(layer: LayerCache, kept: _Kept, count: int, when_full: FullPool) -> None:
+    """Raise unless the pool will have room for `count` pages; when_full may give up more of the layer's pages."""
+    pool, form = layer.pool, layer.codec.form
+    ids, newest = (states[..., : layer.table.width] for states in (layer.table.ids, layer.table.newest))
+
+    def missing() -> int:
+        return count - pool.free_pages(form) - pool.freed_by(ids[~kept.pages & (ids != ABSENT)])
+
+    if missing() <= 0:
+        return
+    leaving = when_full.leaving(newest.masked_fill(~kept.pages, ABSENT), missing())
+    if leaving is not None:
+        kept.pages = kept.pages & ~leaving
+    if missing() > 0:
+        raise PoolFullError(
+            f"pool: layer {layer.layer_id} must seal {count} pages of {form.stride} bytes and {missing()} of them do "
+            f"not fit in capacity_bytes={pool.capacity_bytes} ({type(when_full).__name__}); raise it, give the layers "
+            "a budget_tokens, drop sequences, or compose when_full=EvictOldest()"
+        )
+
+
+def _seal(layer: LayerCache, counts: Tensor) -> None:
+    """Turn the oldest tail tokens into counts [sequences, kv_heads] pages; the pool has room for them."""
+    page, sequence, head = (index.to(layer.tail.keys.device)[:, None] for index in new_pages(counts))
+    slots = page * layer.page_size + torch.arange(layer.page_size, device=page.device)  # [n, page_size]
+    positions = layer.tail.positions[sequence, head, slots]
+    ids = layer.pool.allocate(layer.codec.form, len(page))
+    try:
+        _encode(layer, ids, layer.tail.keys[sequence, head, slots], layer.tail.values[sequence, head, slots], positions)
+    except BaseException:
+        layer.pool.release(layer.codec.form, ids)
+        raise
+    layer.add_pages(ids, positions[:, -1].long().cpu(), counts, live=all_live(layer.page_size))
+    if layer.tail.even and bool((counts == counts[0, 0]).all()):
+        layer.tail.drop_oldest(int(counts[0, 0]) * layer.page_size)
+    else:
+        slot = torch.arange(layer.tail.width)
+        layer.tail.keep((slot >= counts[..., None] * layer.page_size).to(layer.tail.keys.device))
+
+
+def _encode(layer: LayerCache, ids: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> None:
+    """Write pages where the pool placed them: in place if they lie side by side, by way of a copy if not."""
+    form, slab, rows = layer.codec.form, layer.pool.slab(layer.codec.form), layer.pool.rows(ids)
+    together = bool((rows.diff() == 1).all())
+    out = slab[int(rows[0]) : int(rows[0]) + len(rows)] if together else slab.new_empty(len(rows), form.stride)
+    layer.codec.compressor.encode(form, keys, values, positions, out)
+    if not together:
+        slab[rows.to(slab.device).long()] = out
+
+
+def crop(layer: LayerCache, end: Tensor) -> None:
+    """Forget every token at a position >= end, int64 [sequences]."""
+    if layer.table.width:
+        layer.clear_slots(layer.slot_positions() < end[:, None, None, None])
+        layer.keep_pages(layer.table.live[..., : layer.table.width] != 0)
+    stored = layer.tail.positions[..., : layer.tail.width]
+    layer.tail.keep(stored < end[:, None, None].to(stored.device))
+    layer.last = torch.minimum(layer.last, end - 1)
+    layer.queried, layer.settled = layer.queried[:, :0], True

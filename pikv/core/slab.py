@@ -1,0 +1,114 @@
+"""Near memory for pages: a slab of rows, and which of them are free."""
+
+from __future__ import annotations
+
+import bisect
+import mmap
+import os
+import sys
+
+import attrs
+import torch
+from torch import Tensor
+
+from pikv.core.errors import ConfigError
+
+_LINUX = sys.platform == "linux"
+_MAP_NORESERVE = 0x4000  # of Linux; the mmap module names it from Python 3.13 on
+
+
+def physical_memory_bytes() -> int:
+    """The main memory of this machine in bytes."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+class HostSlab:
+    """Rows of a fixed length in main memory; address space is reserved once, memory is taken as rows are written.
+
+    tensor: uint8 [rows, stride]. Where the system can, freed rows go back to it (`give_back`).
+    """
+
+    def __init__(self, rows: int, stride: int) -> None:
+        nbytes = max(1, rows * stride)
+        self._memory: mmap.mmap | None = None
+        if _LINUX:
+            flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
+            try:
+                self._memory = mmap.mmap(-1, nbytes, flags=flags)
+            except OSError as error:
+                raise ConfigError(
+                    f"capacity_bytes: the system refused {nbytes} bytes of address space ({error}); "
+                    "give the pool a smaller capacity_bytes"
+                ) from error
+            flat = torch.frombuffer(self._memory, dtype=torch.uint8)
+        else:
+            flat = torch.empty(nbytes, dtype=torch.uint8)
+        self.tensor: Tensor = flat[: rows * stride].view(rows, stride)
+
+    def give_back(self, start_byte: int, stop_byte: int) -> None:
+        """Return the whole memory pages of a free range to the system; what was there is lost."""
+        start = -(-start_byte // mmap.PAGESIZE) * mmap.PAGESIZE
+        stop = stop_byte // mmap.PAGESIZE * mmap.PAGESIZE
+        if self._memory is not None and stop > start:
+            self._memory.madvise(mmap.MADV_DONTNEED, start, stop - start)
+
+
+class DeviceSlab:
+    """Rows of a fixed length in a device's memory, taken whole at the start."""
+
+    def __init__(self, rows: int, stride: int, device: torch.device) -> None:
+        self.tensor: Tensor = torch.empty(rows, stride, dtype=torch.uint8, device=device)
+
+    def give_back(self, start_byte: int, stop_byte: int) -> None:
+        """Nothing: the slab keeps its memory as long as it lives."""
+
+
+@attrs.define
+class FreeRuns:
+    """The free rows of a slab as disjoint runs, sorted, never touching one another."""
+
+    starts: list[int]
+    stops: list[int]
+
+    @classmethod
+    def of(cls, rows: int) -> FreeRuns:
+        """All rows free."""
+        return cls([0], [rows]) if rows else cls([], [])
+
+    @property
+    def total(self) -> int:
+        """The number of free rows."""
+        return sum(self.stops) - sum(self.starts)
+
+    def take(self, count: int) -> list[range]:
+        """Take `count` rows: one run if any is long enough (the first such), else the first that there are."""
+        for index, (start, stop) in enumerate(zip(self.starts, self.stops, strict=True)):
+            if stop - start >= count:
+                self._shorten(index, count)
+                return [range(start, start + count)]
+        taken: list[range] = []
+        while count:
+            size = min(count, self.stops[0] - self.starts[0])
+            taken.append(range(self.starts[0], self.starts[0] + size))
+            self._shorten(0, size)
+            count -= size
+        return taken
+
+    def _shorten(self, index: int, count: int) -> None:
+        self.starts[index] += count
+        if self.starts[index] == self.stops[index]:
+            del self.starts[index], self.stops[index]
+
+    def give(self, start: int, stop: int) -> range:
+        """Free the rows from start to stop; returns the whole free run that they are now part of."""
+        index = bisect.bisect_left(self.starts, start)
+        if index < len(self.starts) and self.starts[index] == stop:
+            stop = self.stops.pop(index)
+            del self.starts[index]
+        if index > 0 and self.stops[index - 1] == start:
+            start = self.starts.pop(index - 1)
+            del self.stops[index - 1]
+            index -= 1
+        self.starts.insert(index, start)
+        self.stops.insert(index, stop)
+        return range(start, stop)

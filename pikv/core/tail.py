@@ -1,0 +1,139 @@
+"""The exact tail of each row: its newest tokens, dense, in the model's dtype."""
+
+from __future__ import annotations
+
+import attrs
+import torch
+from torch import Tensor
+
+EMPTY = -1
+
+
+@attrs.define
+class Tail:
+    """The unsealed tokens of each row, oldest first, from slot 0.
+
+    keys [sequences, kv_heads, capacity, key_dim], values [..., value_dim], positions int32 [sequences, kv_heads,
+    capacity], EMPTY past a row's length. lengths: int64 [sequences, kv_heads], on the CPU.
+    """
+
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
+    lengths: Tensor
+
+    @classmethod
+    def empty(cls, keys: Tensor, values: Tensor) -> Tail:
+        """A tail without room or tokens for tokens such as keys [sequences, kv_heads, tokens, dim] and values."""
+        sequences, kv_heads = keys.shape[:2]
+        return cls(
+            keys.new_empty(sequences, kv_heads, 0, keys.shape[-1]),
+            values.new_empty(sequences, kv_heads, 0, values.shape[-1]),
+            keys.new_full((sequences, kv_heads, 0), EMPTY, dtype=torch.int32),
+            torch.zeros(sequences, kv_heads, dtype=torch.int64),
+        )
+
+    @property
+    def width(self) -> int:
+        """The length of the longest row."""
+        return int(self.lengths.max()) if self.lengths.numel() else 0
+
+    @property
+    def even(self) -> bool:
+        """Whether all rows have the same length, so that no slot has to be masked."""
+        return bool((self.lengths == self.width).all())
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of the tail's storages."""
+        tensors = (self.keys, self.values, self.positions, self.lengths)
+        return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+
+    def append(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
+        """Add tokens: keys [sequences, kv_heads, tokens, key_dim], values, positions int64 [sequences, tokens].
+
+        A token whose position is negative is padding and is left out.
+        """
+        stored = positions >= 0
+        added = stored.sum(-1)
+        self.reserve(int((self.lengths + added[:, None]).max()) if self.lengths.numel() else 0)
+        if bool(stored.all()) and self.even:
+            slots = slice(self.width, self.width + keys.shape[2])
+            self.keys[:, :, slots] = keys
+            self.values[:, :, slots] = values
+            self.positions[:, :, slots] = positions[:, None].to(self.positions)
+        else:
+            self._scatter(keys, values, positions, stored)
+        self.lengths = self.lengths + added[:, None]
+
+    def _scatter(self, keys: Tensor, values: Tensor, positions: Tensor, stored: Tensor) -> None:
+        sequence, token = torch.nonzero(stored, as_tuple=True)
+        rank = (stored.cumsum(-1) - 1)[sequence, token]  # which of its sequence's stored tokens each one is
+        slot = (self.lengths[sequence] + rank[:, None]).to(keys.device)  # [n, kv_heads]
+        sequence, token = sequence.to(keys.device)[:, None], token.to(keys.device)[:, None]
+        head = torch.arange(keys.shape[1], device=keys.device)
+        self.keys[sequence, head, slot] = keys[sequence, head, token]
+        self.values[sequence, head, slot] = values[sequence, head, token]
+        places = positions.to(self.positions)
+        self.positions[sequence, head, slot] = places[sequence, token].expand(-1, len(head))
+
+    def keep(self, kept: Tensor) -> None:
+        """Keep the tokens marked in kept, bool [sequences, kv_heads, width] on the tail's device, in their order."""
+        width = kept.shape[-1]
+        kept = kept & (self.positions[..., :width] != EMPTY)
+        self.lengths = kept.sum(-1).cpu()
+        order = kept.logical_not().int().sort(dim=-1, stable=True).indices[..., : self.width]
+        for tensor in (self.keys, self.values):
+            tensor[:, :, : self.width] = tensor.gather(2, order[..., None].expand(-1, -1, -1, tensor.shape[-1]))
+        self._settle_positions(self.positions.gather(2, order), width)
+
+    def drop_oldest(self, tokens: int) -> None:
+        """Drop the same number of tokens from the front of every row; all rows have as many."""
+        width = self.width
+        for tensor in (self.keys, self.values):
+            tensor[:, :, : width - tokens] = tensor[:, :, tokens:width].clone()
+        self.lengths = self.lengths - tokens
+        self._settle_positions(self.positions[..., tokens:width].clone(), width)
+
+    def _settle_positions(self, positions: Tensor, old_width: int) -> None:
+        self.positions[..., : self.width] = positions
+        beyond = torch.arange(old_width) >= self.lengths[..., None]
+        self.positions[..., :old_width].masked_fill_(beyond.to(self.positions.device), EMPTY)
+
+    def reserve(self, tokens: int) -> None:
+        """Make room for rows of `tokens` tokens."""
+        if tokens > self.keys.shape[2]:
+            self._resize(tokens)
+
+    def shrink(self, tokens: int) -> None:
+        """Give room back down to `tokens` a row, or to the longest row."""
+        tokens = max(tokens, self.width)
+        if tokens < self.keys.shape[2]:
+            self._resize(tokens)
+
+    def _resize(self, capacity: int) -> None:
+        width = self.width
+        for name, fill in (("keys", 0), ("values", 0), ("positions", EMPTY)):
+            old: Tensor = getattr(self, name)
+            new = old.new_empty(*old.shape[:2], capacity, *old.shape[3:])
+            new[:, :, :width] = old[:, :, :width]
+            new[:, :, width:] = fill
+            setattr(self, name, new)
+
+    def select(self, index: Tensor) -> Tail:
+        """A tail of the sequences at index [n]; a sequence may come several times, or not at all."""
+        there = index.to(self.keys.device)
+        return Tail(self.keys[there], self.values[there], self.positions[there], self.lengths[index])
+
+    @classmethod
+    def joined(cls, tails: list[Tail]) -> Tail:
+        """One tail of the sequences of several."""
+        width = max(tail.keys.shape[2] for tail in tails)
+        for tail in tails:
+            tail.reserve(width)
+        return cls(
+            torch.cat([tail.keys for tail in tails]),
+            torch.cat([tail.values for tail in tails]),
+            torch.cat([tail.positions for tail in tails]),
+            torch.cat([tail.lengths for tail in tails]),
+        )

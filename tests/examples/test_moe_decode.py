@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROGRAM = Path(__file__).parents[2] / "examples" / "moe_decode.py"
+MPIRUN = shutil.which("mpirun", path=str(Path(sys.executable).parent)) or shutil.which("mpirun")
+PROMPT = [*"the quick brown fox jumps over the lazy dog; " * 14]  # 630 characters
+
+needs_mpi = [
+    pytest.mark.mpi,
+    pytest.mark.skipif(importlib.util.find_spec("mpi4py") is None, reason="no mpi4py: pip install pikv[mpi]"),
+    pytest.mark.skipif(MPIRUN is None, reason="no mpirun next to python or on PATH: pip install pikv[mpi]"),
+]
+every_count_of_ranks = pytest.mark.parametrize(
+    "ranks", [1, *(pytest.param(ranks, marks=needs_mpi) for ranks in (2, 4))]
+)
+
+
+def moe_decode(ranks, *arguments):
+    launcher = [str(MPIRUN), "-n", str(ranks)] if ranks > 1 else []
+    command = [*launcher, sys.executable, str(PROGRAM), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+
+
+@pytest.fixture
+def prompt_file(tmp_path):
+    file = tmp_path / "prompt.txt"
+    file.write_text("".join(PROMPT), "utf-8")
+    return file
+
+
+@every_count_of_ranks
+def test_decoding_agrees_with_the_dense_decoder(model_folder, prompt_file, ranks):
+    """All tokens, on one rank and on several, and each rank stores its share only."""
+    sizes = ["--page-size", 16, "--tail-tokens", 16, "--tokens", 40, "--chunk", 100]
+    done = moe_decode(ranks, "--model", model_folder, "--prompt-file", prompt_file, "--verify", *sizes)
+    assert done.returncode == 0, done.stderr
+    assert "40 of 40 tokens agree" in done.stdout
+    assert f"on {ranks} rank" in done.stdout
+    rows = re.findall(r"^ +\d+ +([\d,]+) +([\d,]+) ", done.stdout, re.MULTILINE)
+    pages = [int(pages.replace(",", "")) for pages, _ in rows]
+    assert len(pages) == ranks
+    assert all(pages), "every rank seals pages"
+
+
+def test_the_default_prompt_asks_for_a_pair_that_it_hides(model_folder):
+    """It is deterministic, and the question is the last line."""
+    done = moe_decode(1, "--model", model_folder, "--tokens", 1)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("@ qzk -> ")
+
+
+def test_lossy_parts_are_reported(model_folder, prompt_file):
+    """With a budget far below the prompt the same numbers come, and the exit code says that they differ."""
+    budget = ["--budget-tokens", 64, "--page-size", 16, "--tail-tokens", 16, "--tokens", 10]
+    done = moe_decode(1, "--model", model_folder, "--prompt-file", prompt_file, "--verify", *budget)
+    assert done.returncode == 1
+    assert "of 10 tokens agree" in done.stdout
+
+
+MISTAKES = {
+    "no such model": (["--model", "/nonexistent"], "/nonexistent"),
+    "no such prompt": (["--prompt-file", "/nonexistent"], "/nonexistent"),
+    "an empty prompt": (["--prompt", ""], "at least one token"),
+    "a count that is none": (["--tokens", "0"], "--tokens"),
+    "an unknown flag": (["--page-sise", "16"], "--page-sise"),
+    "an unknown name": (["--compressor", "nonesuch"], "nonesuch"),
+}
+
+
+@every_count_of_ranks
+@pytest.mark.parametrize(("arguments", "named"), MISTAKES.values(), ids=MISTAKES)
+def test_a_mistake_is_one_line(model_folder, ranks, arguments, named):
+    """Said once, whatever the number of ranks, with exit code 2 and what is wrong."""
+    done = moe_decode(ranks, "--model", model_folder, *arguments)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert named in done.stderr
+
+
+def test_help_shows_examples():
+    """One can copy them."""
+    done = moe_decode(1, "--help")
+    assert done.returncode == 0
+    assert "mpirun -n 4 python examples/moe_decode.py --verify" in done.stdout
