@@ -26,6 +26,7 @@ from typing import NoReturn, TypeVar
 import attrs
 import torch
 from mixtral import Cache, DenseCache, Mixtral, MixtralConfig
+from moe_checks import TOLERANCE, Agreement, Stored, excesses, table
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 from torch import Tensor
@@ -35,7 +36,6 @@ from pikv.core.ports.transport import Solo, Transport
 
 MODEL = Path(__file__).parents[1] / "downstream_tasks" / "models" / "tiny_moe"
 PAIRS = {"bqd": "731", "qzk": "482", "mfa": "059", "wju": "266"}  # hidden in the default prompt
-TOLERANCE = 1e-4  # of logits; and dense logits closer than this are a tie
 COMPOSED = ("allocator", "budget_tokens", "token_selector", "page_selector", "compressor", "tail_tokens", "page_size")
 LAUNCHED = ("PMI_SIZE", "PMIX_RANK", "OMPI_COMM_WORLD_SIZE")  # what mpirun of MPICH, of PMIx, of Open MPI sets
 
@@ -123,70 +123,57 @@ class Decoder:
         return [self.feed(part) for part in token_ids.split(chunk)][-1]
 
 
-@attrs.define
-class Agreement:
-    """How far logits are from the dense decoder's, step by step."""
-
-    steps: int = 0
-    agreed: int = 0
-    largest_difference: float = 0.0
-
-    def add(self, logits: Tensor, dense: Tensor) -> None:
-        """Compare one step's logits [vocabulary]. Tokens agree when they are equal, or the dense top two tie."""
-        first, second = dense.topk(2).values.tolist()
-        self.steps += 1
-        self.agreed += bool(logits.argmax() == dense.argmax()) or first - second < TOLERANCE
-        self.largest_difference = max(self.largest_difference, float((logits - dense).abs().max()))
-
-    def holds(self) -> bool:
-        """Whether all tokens agree and all logits are within the tolerance."""
-        return self.agreed == self.steps and self.largest_difference <= TOLERANCE
-
-
 @attrs.frozen(kw_only=True)
 class Session:
     """All that a rank needs to decode. `dense` is the reference, on rank 0 with --verify."""
 
-    decoder: Decoder
-    dense: Decoder | None
-    cache: pikv.PiKVCache
-    runtime: pikv.RuntimeConfig
+    arguments: argparse.Namespace
     tokenizer: Tokenizer
     prompt: str
     prompt_ids: Tensor
-    tokens: int
-    chunk: int
+    model: Mixtral
+    cache: pikv.PiKVCache
+    dense: Decoder | None
 
     @classmethod
     def prepare(cls, argv: Sequence[str] | None, transport: Transport) -> Session:
-        """Read the arguments, load the model, compose the cache. pikv.InputError and its like tell the user's mistakes."""
+        """Read the arguments, load the model, compose the cache; PiKVError or OSError tell the user's mistakes."""
         arguments = parse(argv)
-        prompt = arguments.prompt_file.read_text("utf-8") if arguments.prompt_file else arguments.prompt
-        prompt = default_prompt() if prompt is None else prompt
         model = Mixtral(arguments.model, transport)
-        if not (arguments.model / "tokenizer.json").is_file():
-            raise pikv.InputError(f"{arguments.model} has no tokenizer.json; copy the whole folder")
-        tokenizer = Tokenizer.from_file(str(arguments.model / "tokenizer.json"))
+        tokenizer = read_tokenizer(arguments.model)
+        prompt = read_prompt(arguments)
         prompt_ids = torch.tensor(tokenizer.encode(prompt).ids)
         if not len(prompt_ids):
             raise pikv.InputError("the prompt must have at least one token, got none; pass some text")
-        names = {name: getattr(arguments, name) for name in COMPOSED if getattr(arguments, name) is not None}
         described = model_config(model.config)
+        names = {name: getattr(arguments, name) for name in COMPOSED if getattr(arguments, name) is not None}
         runtime = pikv.runtime_from(names | {"shard_by": "token_range"}, described, transport=transport)
-        cache, dense = pikv.PiKVCache(described, runtime), None
+        dense = None
         if arguments.verify and transport.rank == 0:
             dense = Decoder(Mixtral(arguments.model, Solo()), DenseCache(model.config))
         return cls(
-            decoder=Decoder(model, cache),
-            dense=dense,
-            cache=cache,
-            runtime=runtime,
+            arguments=arguments,
             tokenizer=tokenizer,
             prompt=prompt,
             prompt_ids=prompt_ids,
-            tokens=arguments.tokens,
-            chunk=arguments.chunk,
+            model=model,
+            cache=pikv.PiKVCache(described, runtime),
+            dense=dense,
         )
+
+
+def read_prompt(arguments: argparse.Namespace) -> str:
+    """The text to go on from."""
+    if arguments.prompt_file:
+        return arguments.prompt_file.read_text("utf-8")
+    return default_prompt() if arguments.prompt is None else arguments.prompt
+
+
+def read_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer in a model's folder; InputError if there is none."""
+    if not (folder / "tokenizer.json").is_file():
+        raise pikv.InputError(f"{folder} has no tokenizer.json; copy the whole folder")
+    return Tokenizer.from_file(str(folder / "tokenizer.json"))
 
 
 def model_config(config: MixtralConfig) -> pikv.ModelConfig:
@@ -210,71 +197,52 @@ def on_all_ranks(transport: Transport, prepare: Callable[[], Value]) -> Value | 
         error = caught
     failed = transport.all_gather(torch.tensor(error is not None)).nonzero()
     if error is not None and transport.rank == failed[0]:
-        print(f"moe_decode.py: error: {error}", file=sys.stderr)
+        complain(error)
     return None if len(failed) else value
 
 
-def decode(session: Session, transport: Transport) -> tuple[Agreement, int]:
-    """Decode and print as it goes; return how far the dense decoder agreed and how many tokens were decoded."""
-    decoder, dense, agreement = session.decoder, session.dense, Agreement()
+def complain(problem: object) -> None:
+    """Say in one line what is wrong."""
+    print(f"moe_decode.py: error: {problem}", file=sys.stderr)
+
+
+def decode(session: Session, decoder: Decoder, agreement: Agreement) -> int:
+    """Decode and print as it goes, comparing with the dense decoder if there is one; return how many tokens."""
+    dense, chunk, stream = session.dense, session.arguments.chunk, DecodeStream(skip_special_tokens=True)
     print(session.prompt.rpartition("\n")[2], end="", flush=True)
-    logits = decoder.prefill(session.prompt_ids, session.chunk)
-    dense_logits = dense.prefill(session.prompt_ids, session.chunk) if dense else logits
+    logits = decoder.prefill(session.prompt_ids, chunk)
+    dense_logits = dense.prefill(session.prompt_ids, chunk) if dense else logits
     session.cache.finish_prefill()  # evicts and seals now, so that the time below is decoding alone
-    decoder.seconds, stream = 0.0, DecodeStream(skip_special_tokens=True)
-    for decoded in range(session.tokens):
+    decoder.seconds = 0.0
+    for decoded in range(session.arguments.tokens):
         if dense:
             agreement.add(logits, dense_logits)
-        token = transport.broadcast(dense_logits.argmax(), root=0)
-        if int(token) in decoder.model.config.end_ids:
-            return agreement, decoded
+        token = session.model.transport.broadcast(dense_logits.argmax(), root=0)
+        if int(token) in session.model.config.end_ids:
+            return decoded
         print(stream.step(session.tokenizer, int(token)) or "", end="", flush=True)
         logits = decoder.feed(token[None])
         dense_logits = dense.feed(token[None]) if dense else logits
-    return agreement, session.tokens
-
-
-def check_storage(session: Session, transport: Transport) -> list[str]:
-    """Compare what every rank stores with its share; return what is wrong, and print a table, on every rank."""
-    config, runtime, decoder = session.decoder.model.config, session.runtime, session.decoder
-    dense_token = config.layers * config.kv_heads * 2 * config.head_dim * 4  # bytes of a token in float32
-    token = dense_token + config.layers * config.kv_heads * 4  # and its positions
-    share = -(-decoder.position // transport.size) + 2 * runtime.page_size + runtime.tail_tokens
-    expert = config.layers * 3 * config.hidden * config.intermediate * 4
-    stored = session.cache.stored_bytes()
-    mine = [stored.pages, stored.tail, stored.total, decoder.model.expert_bytes()]
-    ranks = transport.all_gather(torch.tensor(mine)).tolist()
-
-    dense_bytes = dense_token * decoder.position
-    problems = []
-    print(f"{'rank':>4} {'pages':>12} {'tail':>12} {'all stored':>12} {'of dense':>9} {'experts':>12}   (bytes)")
-    for rank, (pages, tail, total, experts) in enumerate(ranks):
-        print(f"{rank:>4} {pages:>12,} {tail:>12,} {total:>12,} {total / dense_bytes:>9.1%} {experts:>12,}")
-        if pages + tail > share * token:
-            problems.append(f"rank {rank} stores {pages + tail} bytes of pages and tail, its share is {share * token}")
-        if experts != expert * len(range(rank, config.experts, transport.size)):
-            problems.append(f"rank {rank} holds {experts} bytes of experts, an expert has {expert}")
-    print(f"a dense cache of {decoder.position} tokens: {dense_bytes:,} bytes on every rank")
-    return problems
+    return session.arguments.tokens
 
 
 def run(session: Session, transport: Transport) -> int:
     """Decode, report, check; return the exit code."""
-    agreement, decoded = decode(session, transport)
-    speed = decoded / session.decoder.seconds if decoded else 0.0
-    print(f"\n\n{decoded} tokens decoded, {speed:.1f} a second, on {transport.size} ranks")
-    problems = check_storage(session, transport)
-    print(session.cache.describe())
+    decoder, agreement = Decoder(session.model, session.cache), Agreement()
+    tokens = decode(session, decoder, agreement)
+    stored = Stored.everywhere(session.model, session.cache)
+    problems = excesses(session.model, session.cache, stored, decoder.position)
+
+    speed = tokens / decoder.seconds if tokens else 0.0
+    print(f"\n\n{tokens} tokens decoded, {speed:.1f} a second; ranks: {transport.size}\n")
+    print(table(session.model, stored, decoder.position), session.cache.describe(), sep="\n\n")
     if session.dense:
-        print(
-            f"verify: {agreement.agreed} of {agreement.steps} tokens agree with the dense decoder, "
-            f"largest difference of logits {agreement.largest_difference:.2e}"
-        )
+        print(f"\nverify: {agreement}")
         if not agreement.holds():
-            problems.append(f"tokens or logits differ from the dense decoder's by more than {TOLERANCE:g}")
+            problems.append(f"tokens or logits differ from the dense decoder's, logits by more than {TOLERANCE:g}")
     if transport.rank == 0:
         for problem in problems:
-            print(f"moe_decode.py: error: {problem}", file=sys.stderr)
+            complain(problem)
     return int(transport.broadcast(torch.tensor(bool(problems)), root=0))
 
 
@@ -283,7 +251,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         transport = open_transport()
     except pikv.InputError as error:
-        print(f"moe_decode.py: error: {error}", file=sys.stderr)
+        complain(error)
         return 2
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // transport.size))
     with contextlib.ExitStack() as stack:

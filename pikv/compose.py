@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from pikv.adapters.compressors import Int2, Int4, Int8
 from pikv.core.cache import PiKVCache
 from pikv.core.config import ModelConfig, RuntimeConfig
 from pikv.core.errors import ConfigError, UnknownNameError
@@ -16,20 +17,22 @@ from pikv.core.ports import (
     Backend,
     Compressor,
     FullPool,
+    PageSelector,
     Router,
     Sharding,
     TokenSelector,
     Transport,
 )
 from pikv.core.torch_backend import TorchBackend
-from pikv.policies import EvictOldest, Recent, TokenRange, TopK, Uniform
+from pikv.policies import EvictOldest, Importance, Quest, Recent, TokenRange, TopK, Uniform
 
 _PARTS: dict[str, dict[str, Callable[..., Any]]] = {
     "allocator": {"uniform": Uniform},
-    "compressor": {"exact": Exact},
+    "compressor": {"exact": Exact, "int2": Int2, "int4": Int4, "int8": Int8},
     "router": {"top_k": TopK},
     "shard_by": {"token_range": TokenRange},
-    "token_selector": {"keep_all": KeepAll, "recent": Recent},
+    "page_selector": {"quest": Quest},
+    "token_selector": {"importance": Importance, "keep_all": KeepAll, "recent": Recent},
     "when_full": {"evict_oldest": EvictOldest, "refuse": Refuse},
 }
 _NUMBERS = ("budget_tokens", "page_size", "tail_tokens")
@@ -45,6 +48,7 @@ def compose(
     *,
     allocator: Allocator | None = None,
     token_selector: TokenSelector | None = None,
+    page_selector: PageSelector | None = None,
     router: Router | None = None,
     compressor: Compressor | None = None,
     budget_tokens: int | None = None,
@@ -63,6 +67,7 @@ def compose(
     runtime = RuntimeConfig(
         allocator=Uniform() if allocator is None and budget_tokens is not None else allocator,
         token_selector=KeepAll() if token_selector is None else token_selector,
+        page_selector=page_selector,
         router=router,
         compressor=Exact() if compressor is None else compressor,
         budget_tokens=budget_tokens,
@@ -79,8 +84,9 @@ def compose(
 def runtime_from(names: Mapping[str, Any], model: ModelConfig, *, transport: Transport | None = None) -> RuntimeConfig:
     """Build a RuntimeConfig from names, as files and command lines have them.
 
-    names: a part's name, or {"name": ..., setting: value}, for allocator, token_selector, router, compressor,
-    shard_by and when_full; whole numbers for budget_tokens, page_size and tail_tokens. None stands for left out.
+    names: a part's name, or {"name": ..., setting: value}, for allocator, token_selector, page_selector, router,
+    compressor, shard_by and when_full; whole numbers for budget_tokens, page_size and tail_tokens. None stands for
+    left out.
 
     Raises UnknownNameError for a key or a name that does not exist, ConfigError for settings that cannot work.
     """

@@ -48,7 +48,7 @@ class Budget:
         windows = torch.tensor([layer.window or torch.iinfo(torch.int64).max for layer in self.model.layers])
         beyond = (torch.minimum(seen[:, None], windows) - in_tail).clamp(min=0)  # [sequences, layers]
         ceiling = (-(-beyond // self.page_size))[..., None] * exists
-        floor = ceiling.clamp(max=1 if self.sinks else 0)
+        floor = ceiling.clamp(max=-(-self.sinks // self.page_size))
         total = (self.budget_tokens - in_tail) // self.page_size * sum(heads)
         return AllocationRequest(
             budget_pages=torch.full_like(seen, total), floor=floor, ceiling=ceiling, page_size=self.page_size

@@ -15,8 +15,9 @@ from pikv.core.config import ModelConfig, RuntimeConfig
 from pikv.core.errors import ConfigError, InputError, StateError
 from pikv.core.layer import LayerCache
 from pikv.core.pool import PagePool
-from pikv.core.ports.backend import AttendKernel, PageCodec
+from pikv.core.ports.selector import QueryTokenSelector
 from pikv.core.reports import Description, StoredBytes
+from pikv.core.serving import describe, serve
 from pikv.core.views import ContextKV
 
 
@@ -39,8 +40,9 @@ class PiKVCache:
         if self.pool.device != model.device:
             raise ConfigError(f"pool must be on {model.device} like the model, got one on {self.pool.device}")
         self._budget = self._make_budget()
-        self._kernels: dict[PageCodec, tuple[AttendKernel, str]] = {}
-        self._codecs = [self._make_codec(layer_id) for layer_id in range(len(model.layers))]
+        self._served = serve(model, self.runtime)
+        for served in self._served:
+            self.pool.slab(served.codec.form)  # refuses a pool that was made for another model or runtime
         self._layers: dict[int, LayerCache] = {}
         self._prefilling = True
         weakref.finalize(self, _release, self._layers)
@@ -56,27 +58,6 @@ class PiKVCache:
             tail_tokens=runtime.tail_tokens,
             page_size=runtime.page_size,
             sinks=runtime.token_selector.sinks,
-        )
-
-    def _make_codec(self, layer_id: int) -> PageCodec:
-        layer = self.model.layers[layer_id]
-        codec = PageCodec(
-            compressor=self.runtime.compressor, layer=layer, form=self.runtime.form(layer, self.model.dtype)
-        )
-        self.pool.slab(codec.form)  # refuses a pool that was made for another model or runtime
-        if codec not in self._kernels:
-            self._kernels[codec] = self._make_kernel(layer_id, codec)
-        return codec
-
-    def _make_kernel(self, layer_id: int, codec: PageCodec) -> tuple[AttendKernel, str]:
-        for backend in self.runtime.backends:
-            kernel = backend.attend(codec, self.model.device)
-            if kernel is not None:
-                return kernel, backend.name
-        asked = ", ".join(backend.name for backend in self.runtime.backends)
-        raise ConfigError(
-            f"layer {layer_id}: none of the backends ({asked}) can attend to {type(codec.compressor).__name__} pages "
-            f"on {self.model.device}; add TorchBackend() as the last one"
         )
 
     # --- writing and reading
@@ -106,8 +87,8 @@ class PiKVCache:
         layer.append(k, v, positions, self._stored_here(positions))
 
     def _empty_layer(self, layer_id: int, k: Tensor, v: Tensor) -> LayerCache:
-        codec = self._codecs[layer_id]
-        return LayerCache.empty(layer_id, codec, self._kernels[codec][0], self.pool, k, v)
+        served = self._served[layer_id]
+        return LayerCache.empty(layer_id, served.codec, served.kernel, self.pool, k, v)
 
     def _stored_here(self, positions: Tensor) -> Tensor:
         """Positions with -1 for the tokens that another place stores."""
@@ -137,11 +118,14 @@ class PiKVCache:
                 "sealed by now; call attend once after each update, or retrieve for an attention of your own"
             )
         grouped = q.unflatten(1, (config.kv_heads, config.group))
-        partial = self._merged(reading.attend(layer, grouped, layer.queried))
+        stored = reading.attend(layer, grouped, layer.queried, self.runtime.page_selector)
+        partial = reading.with_sinks(layer, self._merged(stored))
         output = partial.output.flatten(1, 2).to(q.dtype)
         padding = layer.queried < 0
         if bool(padding.any()):
             output = output.masked_fill(padding[:, None, :, None].to(output.device), 0)
+        selector = self.runtime.token_selector
+        layer.ask(q, selector.window if isinstance(selector, QueryTokenSelector) else None)
         self._settle(layer)
         return output
 
@@ -181,6 +165,7 @@ class PiKVCache:
             selector=runtime.token_selector,
             budget_tokens=None if self._budget is None else self._budget.tokens(layer.layer_id, layer.seen),
             tail_tokens=None if holds else runtime.tail_tokens,
+            page_selector=runtime.page_selector,
             when_full=runtime.when_full,
         )
         if not holds:
@@ -258,12 +243,13 @@ class PiKVCache:
 
         Raises StateError if a window has dropped what the next query would see.
         """
-        end = torch.as_tensor(tokens).detach().cpu().long().expand(self.sequences)
-        if bool((end < 0).any()):
-            raise InputError(f"tokens must not be negative, got {end.tolist()}; it is the first position to forget")
+        end = checks.ends(tokens, self.sequences)
         for layer in self._layers.values():
             window = layer.config.window
-            if window is not None and bool(((end <= layer.last) & (layer.forgotten > end - window)).any()):
+            if window is None:
+                continue
+            missed = layer.forgotten > (end - window).clamp(min=-1)
+            if bool((missed & (end <= layer.last)).any()):
                 raise StateError(
                     f"layer {layer.layer_id}: its window of {window} has dropped tokens up to positions "
                     f"{layer.forgotten.tolist()}, which a query at {end.tolist()} would see; crop less, or fork before"
@@ -281,35 +267,20 @@ class PiKVCache:
 
     def stored_bytes(self) -> StoredBytes:
         """The bytes that this cache holds, read from its storages."""
-        pages = tables = tail = 0
+        pages = tables = tail = indexes = 0
         for layer in self._layers.values():
             held = layer.table.held().unique()
             pages += len(held) * self.pool.slab(layer.codec.form).stride(0)
             tables += layer.table.nbytes + len(held) * self.pool.bytes_a_page
-            tail += layer.tail.nbytes
-        return StoredBytes(pages=pages, tail=tail, indexes=0, tables=tables)
+            tail += layer.tail.nbytes + (0 if layer.newest_queries is None else layer.newest_queries.nbytes)
+            indexes += len(held) * self.pool.index_bytes_a_page(layer.codec.form)
+        return StoredBytes(pages=pages, tail=tail, indexes=indexes, tables=tables)
 
     def describe(self) -> Description:
         """Which parts are composed, and which backend attends in each layer."""
-        runtime = self.runtime
-        parts = {"page_size": str(runtime.page_size), "tail_tokens": str(runtime.tail_tokens)}
-        names = ("compressor", "token_selector", "allocator", "router", "when_full", "sharding", "transport")
-        parts |= {name: repr(part) for name in names if (part := getattr(runtime, name)) is not None}
-        parts["budget_tokens"] = "all" if runtime.budget_tokens is None else str(runtime.budget_tokens)
-        served: dict[str, list[int]] = {}
-        for layer_id, codec in enumerate(self._codecs):
-            served.setdefault(f"{self._kernels[codec][1]} on {codec.form}", []).append(layer_id)
-        steps = {f"attend, layers {_ranges(ids)}": text for text, ids in served.items()}
-        return Description(parts, steps)
+        return describe(self.runtime, self._served)
 
 
 def _release(layers: dict[int, LayerCache]) -> None:
     for layer in layers.values():
         layer.release()
-
-
-def _ranges(ids: list[int]) -> str:
-    """[0, 1, 2, 5] as "0-2, 5"."""
-    starts = [i for i in ids if i - 1 not in ids]
-    stops = [i for i in ids if i + 1 not in ids]
-    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, stops, strict=True))

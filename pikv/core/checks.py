@@ -65,6 +65,8 @@ def positions(token_id: int | Tensor, batch: int, tokens: int) -> Tensor:
                 f"token_id must be at most {_LARGEST_POSITION} for the last token, got {token_id} for the first"
             )
         return torch.arange(token_id, token_id + tokens).expand(batch, tokens)
+    if not isinstance(token_id, Tensor):
+        raise InputError(f"token_id must be a whole number or a tensor of them, got {type(token_id).__name__}")
     if token_id.is_floating_point() or token_id.is_complex() or token_id.dtype == torch.bool:
         raise InputError(f"token_id must be a whole number or a tensor of them, got {token_id.dtype}")
     if token_id.shape != (batch, tokens):
@@ -98,11 +100,25 @@ def same_batch(held: LayerCache, batch: int, name: str) -> None:
         )
 
 
+def ends(tokens: int | Tensor, sequences: int) -> Tensor:
+    """The first position to forget of each sequence: int64 [sequences] on the CPU."""
+    end = torch.as_tensor(tokens).detach().cpu()
+    if end.is_floating_point() or end.is_complex() or end.dtype == torch.bool:
+        raise InputError(f"tokens must be a whole number or a tensor of them, got {end.dtype}")
+    if end.shape not in ((), (sequences,)):
+        raise InputError(f"tokens must be one number or one a sequence, [{sequences}], got {list(end.shape)}")
+    if bool((end < 0).any()):
+        raise InputError(f"tokens must not be negative, got {end.tolist()}; it is the first position to forget")
+    return end.long().expand(sequences)
+
+
 def index(ids: Tensor | list[int], sequences: int, name: str) -> Tensor:
     """Sequence numbers int64 [n] on the CPU, each below `sequences`."""
     chosen = torch.as_tensor(ids).detach().cpu()
+    if chosen.shape == (0,):
+        return chosen.long()  # an empty list has no type
     if chosen.dim() != 1 or chosen.is_floating_point() or chosen.dtype == torch.bool:
         raise InputError(f"{name} must be a list of sequence numbers, got {chosen.dtype} {list(chosen.shape)}")
-    if len(chosen) and not (int(chosen.min()) >= 0 and int(chosen.max()) < sequences):
+    if not (int(chosen.min()) >= 0 and int(chosen.max()) < sequences):
         raise InputError(f"{name} must be between 0 and {sequences - 1}, got {chosen.tolist()}")
     return chosen.long()

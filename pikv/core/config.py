@@ -11,7 +11,17 @@ import torch
 from pikv.core.errors import ConfigError
 from pikv.core.exact import Exact, KeepAll, Refuse
 from pikv.core.forms import PageForm
-from pikv.core.ports import Allocator, Backend, Compressor, FullPool, Router, Sharding, TokenSelector, Transport
+from pikv.core.ports import (
+    Allocator,
+    Backend,
+    Compressor,
+    FullPool,
+    PageSelector,
+    Router,
+    Sharding,
+    TokenSelector,
+    Transport,
+)
 from pikv.core.rotary import Rotary
 from pikv.core.torch_backend import TorchBackend
 
@@ -61,7 +71,7 @@ class LayerConfig:
             raise ConfigError(f"query_heads must be a multiple of kv_heads, got {self.query_heads} and {self.kv_heads}")
         if not (math.isfinite(self.scale) and self.scale > 0):
             raise ConfigError(f"scale must be a positive number, got {self.scale!r}")
-        if self.softcap is not None and not self.softcap > 0:
+        if self.softcap is not None and not (math.isfinite(self.softcap) and self.softcap > 0):
             raise ConfigError(f"softcap must be a positive number or None, got {self.softcap!r}")
         if self.sinks is not None and len(self.sinks) != self.query_heads:
             raise ConfigError(
@@ -160,6 +170,7 @@ class RuntimeConfig:
 
     compressor: Compressor = attrs.field(factory=Exact)
     token_selector: TokenSelector = attrs.field(factory=KeepAll)
+    page_selector: PageSelector | None = None
     allocator: Allocator | None = None
     budget_tokens: int | None = attrs.field(default=None, validator=_optional_positive)
     router: Router | None = None
@@ -202,11 +213,11 @@ class RuntimeConfig:
                 f"tail_tokens must be >= recent = {selector.recent} of {type(selector).__name__}, since the recent "
                 f"window lives in the tail, got {self.tail_tokens}; raise it or lower recent"
             )
-        least = self.tail_tokens + (self.page_size if selector.sinks else 0)
+        least = self.tail_tokens + -(-selector.sinks // self.page_size) * self.page_size
         if self.budget_tokens < least:
             raise ConfigError(
-                f"budget_tokens must be >= tail_tokens + a page for the sinks = {least}, got {self.budget_tokens}; "
-                "raise it or lower tail_tokens"
+                f"budget_tokens must be >= tail_tokens + the pages that hold the sinks = {least}, got "
+                f"{self.budget_tokens}; raise it or lower tail_tokens"
             )
 
     def form(self, layer: LayerConfig, dtype: torch.dtype) -> PageForm:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import attrs
 import torch
 from torch import Tensor
+
+from pikv.core.errors import ConfigError
 
 ALIGNMENT = 64  # bytes: a cache line, and the widest vector register
 
@@ -19,13 +22,69 @@ class Dense:
 
 
 @attrs.frozen
+class Affine:
+    """Unsigned codes of `bits` bits; `group` neighbours along `axis` share a scale and a zero.
+
+    An entry is `code * scale + zero` in float32. The product is exact there (8 and 11 bits), so the sum is the only
+    rounding, with a fused multiply-add or without.
+
+    With `per = 8 // bits` codes in a byte and page_size P, keys of D = key_dim channels, whose axis is "tokens", have
+    the fields
+
+        keys          uint8    [D, P // per]      channel-major, packed along tokens
+        key_scales    float16  [P // group, D]
+        key_zeros     float16  [P // group, D]
+
+    and values of D = value_dim channels, whose axis is "channels",
+
+        values        uint8    [P, D // per]      token-major, packed along channels
+        value_scales  float16  [D // group, P]
+        value_zeros   float16  [D // group, P]
+
+    Entry i of a row of codes (a token's number in a row of keys, a channel's in a row of values) is in group
+    `i // group`. In the order "plain" its code is `(row[i // per] >> i % per * bits) & (2**bits - 1)`: low bits
+    first. A group is whole bytes. Scales and zeros have the group first, so those of one group lie side by side:
+    a group's key scales fold into the query, its value scales into the softmax weights.
+
+    How a group is written: zero is the largest float16 that is not above its entries, and never -0.0; scale the
+    least float16 that is not below `(highest entry - zero) / (2**bits - 1)`; a code is `(entry - zero) / scale`,
+    rounded half to even; all in float64. Where the scale is 0, which makes all entries equal the zero, codes are 0.
+
+    bits: 2, 4 or 8. order: of the codes; an order that a backend does not know is left to torch.
+    """
+
+    bits: int
+    group: int
+    axis: Literal["tokens", "channels"]
+    order: str = "plain"
+
+    def __attrs_post_init__(self) -> None:
+        if self.bits not in (2, 4, 8):
+            raise ConfigError(f"bits must be 2, 4 or 8, so that bytes hold whole codes, got {self.bits!r}")
+        if self.group < 1 or self.group % self.codes_a_byte:
+            raise ConfigError(f"group must fill whole bytes of {self.codes_a_byte} codes, got {self.group!r}")
+        if self.axis not in ("tokens", "channels"):
+            raise ConfigError(f"axis must be 'tokens' (keys) or 'channels' (values), got {self.axis!r}")
+
+    @property
+    def codes_a_byte(self) -> int:
+        """How many codes a byte holds."""
+        return 8 // self.bits
+
+    @property
+    def highest_code(self) -> int:
+        """2**bits - 1."""
+        return (1 << self.bits) - 1
+
+
+@attrs.frozen
 class Opaque:
     """Bytes that only their compressor understands; every backend but torch's leaves them alone."""
 
     name: str
 
 
-Encoding = Dense | Opaque
+Encoding = Dense | Affine | Opaque
 
 
 @attrs.frozen

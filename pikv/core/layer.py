@@ -6,11 +6,14 @@ from typing import Any
 
 import attrs
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pikv.core.config import LayerConfig
 from pikv.core.pool import PagePool
 from pikv.core.ports.backend import AttendKernel, PageCodec, Pages
+from pikv.core.ports.selector import PageIndex
+from pikv.core.query_window import QueryWindow
 from pikv.core.tables import ABSENT, PageTable, all_live, live_slots, pack_slots
 from pikv.core.tail import EMPTY, Tail
 from pikv.core.views import ContextKV, TokenView
@@ -25,7 +28,8 @@ class LayerCache:
     first, last: int64 [sequences], the oldest and newest position that a sequence has seen, NEVER before any.
     seen: int64 [sequences], the tokens offered to this place. forgotten: int64 [sequences], the newest position that
     the window left out. queried: int64 [sequences, tokens], the positions of the last update. settled: whether that
-    update has been evicted from, and sealed.
+    update has been evicted from, and sealed. asked: whether it has been attended from. newest_queries: the queries that
+    the token selector looks at, if it does.
     """
 
     layer_id: int
@@ -39,6 +43,8 @@ class LayerCache:
     seen: Tensor
     forgotten: Tensor
     queried: Tensor
+    newest_queries: QueryWindow | None = None
+    asked: bool = False
     settled: bool = True
     _pages: Pages | None = None
 
@@ -84,12 +90,23 @@ class LayerCache:
         positions: int64 [sequences, tokens], -1 for padding; stored: the same, -1 also for other places' tokens.
         """
         self.tail.append(keys, values, stored)
-        oldest = positions.masked_fill(positions < 0, torch.iinfo(torch.int64).max).amin(-1)
-        newest = positions.amax(-1)
+        offered = F.pad(positions, (0, 1), value=NEVER)  # an update may bring no tokens
+        oldest = offered.masked_fill(offered < 0, torch.iinfo(torch.int64).max).amin(-1)
+        newest = offered.amax(-1)
         self.first = torch.where((self.first == NEVER) & (newest >= 0), oldest, self.first)
         self.last = torch.maximum(self.last, newest)
         self.seen = self.seen + (stored >= 0).sum(-1)
-        self.queried, self.settled = positions, False
+        self.queried, self.asked, self.settled = positions, False, False
+
+    def ask(self, queries: Tensor, window: int | None) -> None:
+        """Note that the last update's queries [sequences, query_heads, tokens, key_dim] attend, once for each update.
+
+        window: how many of the newest queries the token selector looks at; None if it does not.
+        """
+        if window is not None and not self.asked:
+            before = self.newest_queries or QueryWindow.empty(queries, window)
+            self.newest_queries = before.followed_by(queries, self.queried)
+        self.asked = True
 
     def unseen_from_now_on(self) -> Tensor | None:
         """The newest position that no later query sees, int64 [sequences]; None without a window."""
@@ -100,7 +117,8 @@ class LayerCache:
         if self._pages is None:
             width, device = self.table.width, self.pool.device
             live = self.table.live[..., :width]
-            rows = self.pool.rows(self.table.ids[..., :width].clamp(min=0))
+            ids = self.table.ids[..., :width]
+            rows = self.pool.rows(ids.clamp(min=0)).masked_fill(ids == ABSENT, 0)  # page 0 itself may be free
             ordered = rows.permute(2, 0, 1).flatten()
             in_place = bool((live == all_live(self.page_size)).all()) and bool((ordered.diff() == 1).all())
             self._pages = Pages(
@@ -110,6 +128,17 @@ class LayerCache:
                 run=int(ordered[0]) if in_place and len(ordered) else None,
             )
         return self._pages
+
+    def some_pages(self, columns: Tensor) -> Pages:
+        """The pages at columns int64 [sequences, kv_heads, n] of each row."""
+        everything = self.pages()
+        rows, live = everything.rows.gather(-1, columns), everything.live.gather(-1, columns)
+        return Pages(slab=everything.slab, rows=rows, live=live, run=None)
+
+    def page_index(self) -> PageIndex:
+        """What the page selector keeps of the sealed pages."""
+        ids = self.table.ids[..., : self.table.width].to(self.pool.device)
+        return PageIndex(arrays=self.pool.index(self.codec.form)[ids.clamp(min=0)], present=ids != ABSENT)
 
     def add_pages(self, ids: Tensor, newest: Tensor, counts: Tensor, *, live: int) -> None:
         """Add sealed pages to the rows; see PageTable.append."""
@@ -140,10 +169,21 @@ class LayerCache:
         """All slots as a policy sees them: the pages', page after page, then the tail's; -1 where there is no token."""
         tail = self.tail.positions[..., : self.tail.width]
         if not self.table.width:
-            return TokenView(layer_id=self.layer_id, positions=tail, decode=self._decode)
+            return self._view(tail)
         live = live_slots(self.table.live[..., : self.table.width], self.page_size)
         sealed = self.slot_positions().masked_fill(~live, EMPTY).flatten(2).to(tail.device)
-        return TokenView(layer_id=self.layer_id, positions=torch.cat([sealed, tail], dim=-1), decode=self._decode)
+        return self._view(torch.cat([sealed, tail], dim=-1))
+
+    def _view(self, positions: Tensor) -> TokenView:
+        window = self.newest_queries
+        return TokenView(
+            layer_id=self.layer_id,
+            layer=self.config,
+            positions=positions,
+            queries=None if window is None else window.queries,
+            asked=None if window is None else window.positions,
+            decode=self._decode,
+        )
 
     def _decode(self) -> tuple[Tensor, Tensor]:
         keys, values = (states[:, :, : self.tail.width] for states in (self.tail.keys, self.tail.values))
@@ -175,6 +215,8 @@ class LayerCache:
         table = self.table.select(index)
         self.pool.retain(table.held())
         states: dict[str, Any] = {name: getattr(self, name)[index] for name in _BY_SEQUENCE}
+        if self.newest_queries is not None:
+            states["newest_queries"] = self.newest_queries.select(index)
         return attrs.evolve(self, tail=self.tail.select(index), table=table, pages=None, **states)
 
     @classmethod
@@ -185,8 +227,10 @@ class LayerCache:
         states: dict[str, Any] = {
             name: torch.cat([getattr(layer, name) for layer in layers]) for name in _BY_SEQUENCE - {"queried"}
         }
+        windows = [layer.newest_queries for layer in layers if layer.newest_queries is not None]
         return attrs.evolve(
             layers[0],
+            newest_queries=QueryWindow.joined(windows) if windows else None,
             tail=Tail.joined([layer.tail for layer in layers]),
             table=PageTable.joined([layer.table for layer in layers]),
             queried=torch.empty(len(states["last"]), 0, dtype=torch.int64),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from pikv.core.errors import ConfigError, PoolFullError, StateError
 from pikv.core.forms import PageForm
-from pikv.core.slab import DeviceSlab, FreeRuns, HostSlab, physical_memory_bytes
+from pikv.core.slab import FreeRuns, physical_memory_bytes, reserve
 
 if TYPE_CHECKING:
     from pikv.core.config import ModelConfig, RuntimeConfig
@@ -24,7 +25,7 @@ class _FormSlab:
     def __init__(self, form: PageForm, capacity_bytes: int, device: torch.device) -> None:
         rows = capacity_bytes // form.stride
         self.stride = form.stride
-        self.memory = HostSlab(rows, form.stride) if device.type == "cpu" else DeviceSlab(rows, form.stride, device)
+        self.memory = reserve(rows, form.stride, device)
         self.free = FreeRuns.of(rows)
 
     def release(self, start: int, stop: int) -> None:
@@ -54,11 +55,34 @@ class PagePool:
             raise ConfigError(f"capacity_bytes must hold at least one page of {needed} bytes, got {capacity_bytes}")
         self.capacity_bytes = capacity_bytes
         self._slabs = {form: _FormSlab(form, capacity_bytes, self.device) for form in forms}
+        self._indexes = self._make_indexes(model, runtime)
         self._row_of = torch.empty(0, dtype=torch.int32)
         self._references = torch.empty(0, dtype=torch.int32)
         self._free_ids: list[int] = []
         self._used_bytes = 0
         self._lock = threading.RLock()
+
+    def _make_indexes(self, model: ModelConfig, runtime: RuntimeConfig) -> dict[PageForm, Tensor]:
+        """For each form the index of its pages, [page ids, *shape]; memory is taken as pages are indexed."""
+        if runtime.page_selector is None:
+            return {}
+        most_pages = self.capacity_bytes // min(form.stride for form in self._slabs)
+        indexes = {}
+        for layer in model.layers:
+            form, wanted = runtime.form(layer, model.dtype), runtime.page_selector.index_form(layer)
+            stride = math.prod(wanted.shape) * wanted.dtype.itemsize
+            if form not in indexes:
+                flat = reserve(most_pages, stride, self.device).tensor
+                indexes[form] = flat.view(wanted.dtype).view(most_pages, *wanted.shape)
+        return indexes
+
+    def index(self, form: PageForm) -> Tensor:
+        """The page selector's index of a form's pages, by page id: [page ids, *shape]."""
+        return self._indexes[form]
+
+    def index_bytes_a_page(self, form: PageForm) -> int:
+        """The bytes that the page selector keeps of each page; 0 without one."""
+        return self._indexes[form][0].nbytes if form in self._indexes else 0
 
     def locked(self) -> threading.RLock:
         """The pool's lock, for what must not be interleaved with another cache: `with pool.locked(): ...`."""

@@ -8,27 +8,45 @@ from torch import Tensor
 from pikv.core import attention
 from pikv.core.attention import Partial
 from pikv.core.layer import LayerCache
+from pikv.core.ports.backend import Pages
+from pikv.core.ports.selector import PageSelector
+from pikv.core.selection import best_pages
 from pikv.core.tail import EMPTY
 
 SCORES_AT_ONCE = 1 << 24  # entries of the score matrix that a prompt's attention holds at a time
 
 
-def attend(layer: LayerCache, query: Tensor, positions: Tensor) -> Partial:
+def attend(layer: LayerCache, query: Tensor, positions: Tensor, page_selector: PageSelector | None) -> Partial:
     """Attention over the stored tokens of a layer.
 
     query [sequences, kv_heads, group, tokens, key_dim] at positions int64 [sequences, tokens], the last update's.
-    The Partial has the shape [sequences, kv_heads, group, tokens, ...]. Sealed pages are older than every query, so
+    page_selector: chooses the sealed pages that a query of one token reads; None reads all, as a prompt does. The
+    Partial has the shape [sequences, kv_heads, group, tokens, ...]. Sealed pages are older than every query, so
     causality concerns the tail only.
     """
     parts = [_attend_tail(layer, query, positions)]
     if layer.table.width:
-        folded = layer.kernel(query.flatten(2, 3), layer.pages(), oldest=_oldest(layer, positions))
+        pages = _pages_to_read(layer, query, page_selector)
+        folded = layer.kernel(query.flatten(2, 3), pages, oldest=_oldest(layer, positions))
         shape = query.shape[2:4]
         parts.append(Partial(folded.output.unflatten(2, shape), folded.log_sum_exp.unflatten(2, shape)))
-    if layer.config.sinks is not None:
-        logits = torch.tensor(layer.config.sinks, device=query.device).view(query.shape[1], -1, 1)
-        parts.append(attention.sink(logits, like=parts[0]))
     return attention.merge(parts)
+
+
+def with_sinks(layer: LayerCache, partial: Partial) -> Partial:
+    """The same with the layer's sink logits, which take their weight once however many places were merged."""
+    if layer.config.sinks is None:
+        return partial
+    logits = torch.tensor(layer.config.sinks, device=partial.output.device).view(layer.config.kv_heads, -1, 1)
+    return attention.merge([partial, attention.sink(logits, like=partial)])
+
+
+def _pages_to_read(layer: LayerCache, query: Tensor, selector: PageSelector | None) -> Pages:
+    reads_all = selector is None or query.shape[3] > 1 or layer.layer_id < selector.dense_layers
+    if reads_all or selector is None or layer.table.width <= selector.pages:
+        return layer.pages()
+    scores = selector.score(layer.page_index(), query[:, :, :, 0])
+    return layer.some_pages(best_pages(scores, layer.table.counts, selector.pages))
 
 
 def _oldest(layer: LayerCache, positions: Tensor) -> Tensor | None:
@@ -49,7 +67,7 @@ def _attend_tail(layer: LayerCache, query: Tensor, positions: Tensor) -> Partial
     sequences, kv_heads, group, tokens = query.shape[:4]
     asked = positions.to(query.device)
     at_once = max(1, SCORES_AT_ONCE // max(1, sequences * kv_heads * group * layer.tail.width))
-    blocks = [slice(start, start + at_once) for start in range(0, tokens, at_once)]
+    blocks = [slice(start, start + at_once) for start in range(0, max(1, tokens), at_once)]
     parts = [_attend_block(layer, query[:, :, :, block], asked[:, block], causal=tokens > 1) for block in blocks]
     return Partial(
         torch.cat([part.output for part in parts], dim=3), torch.cat([part.log_sum_exp for part in parts], dim=3)

@@ -10,8 +10,8 @@ class StoredBytes:
     """The bytes that a cache holds, read from its storages.
 
     pages: the slab rows of its sealed pages, a page shared with another cache included. tail: keys, values and
-    positions that are not sealed, unused room included. indexes: of page selectors. tables: page tables, and the
-    pool's entries for the pages.
+    positions that are not sealed, unused room and a token selector's window of queries included. indexes: of page
+    selectors. tables: page tables, and the pool's entries for the pages.
     """
 
     pages: int

@@ -10,11 +10,11 @@ import attrs
 import torch
 from torch import Tensor
 
-from pikv.core.errors import PoolFullError
+from pikv.core.errors import PoolFullError, StateError
 from pikv.core.eviction import Candidates, choose
-from pikv.core.layer import LayerCache
+from pikv.core.layer import NEVER, LayerCache
 from pikv.core.ports.full_pool import FullPool
-from pikv.core.ports.selector import TokenSelector
+from pikv.core.ports.selector import PageSelector, QueryTokenSelector, TokenSelector
 from pikv.core.tables import ABSENT, all_live, new_pages
 from pikv.core.tail import EMPTY
 
@@ -40,6 +40,7 @@ def settle(
     selector: TokenSelector,
     budget_tokens: Tensor | None,
     tail_tokens: int | None,
+    page_selector: PageSelector | None,
     when_full: FullPool,
 ) -> None:
     """Slide the layer's window, evict to budget_tokens int64 [sequences, kv_heads], seal all but tail_tokens.
@@ -51,9 +52,25 @@ def settle(
         kept = _Kept.all_of(layer)
         _slide(layer, kept)
         if over and budget_tokens is not None:
+            _check_asked(layer, selector)
             _evict(layer, kept, selector, budget_tokens)
-        _apply(layer, kept, _pages_to_seal(kept.tail.sum(-1), layer, tail_tokens), when_full)
+        counts = _pages_to_seal(kept.tail.sum(-1), layer, tail_tokens)
+        with layer.pool.locked():
+            _make_room(layer, kept, int(counts.sum()), when_full)
+            _drop(layer, kept)
+            if bool(counts.any()):
+                _seal(layer, counts, page_selector)
+            _forget(layer)
     layer.settled = True
+
+
+def _check_asked(layer: LayerCache, selector: TokenSelector) -> None:
+    if isinstance(selector, QueryTokenSelector) and not layer.asked:
+        raise StateError(
+            f"layer {layer.layer_id}: {type(selector).__name__} scores tokens by the queries that attend to them, and "
+            "the last update was not followed by attend; call attend, or compose a selector that needs no queries "
+            "(Recent)"
+        )
 
 
 def occupied_tokens(layer: LayerCache) -> Tensor:
@@ -97,21 +114,6 @@ def _evict(layer: LayerCache, kept: _Kept, selector: TokenSelector, budget_token
     kept.pages, kept.tail = (chosen.cpu() for chosen in choose(candidates, budget_tokens))
 
 
-def _apply(layer: LayerCache, kept: _Kept, counts: Tensor, when_full: FullPool) -> None:
-    with layer.pool.locked():
-        _make_room(layer, kept, int(counts.sum()), when_full)
-        bound = layer.unseen_from_now_on()
-        layer.keep_pages(kept.pages)
-        if not bool(kept.tail.all()) or not layer.tail.even:
-            layer.tail.keep(kept.tail.to(layer.tail.keys.device))
-        if bound is not None:
-            layer.forgotten = torch.maximum(layer.forgotten, bound)
-            if layer.table.width:
-                layer.clear_slots(layer.slot_positions() > bound[:, None, None, None])
-        if bool(counts.any()):
-            _seal(layer, counts)
-
-
 def _make_room(layer: LayerCache, kept: _Kept, count: int, when_full: FullPool) -> None:
     """Raise unless the pool will have room for `count` pages; when_full may give up more of the layer's pages."""
     pool, form = layer.pool, layer.codec.form
@@ -133,14 +135,33 @@ def _make_room(layer: LayerCache, kept: _Kept, count: int, when_full: FullPool) 
         )
 
 
-def _seal(layer: LayerCache, counts: Tensor) -> None:
+def _drop(layer: LayerCache, kept: _Kept) -> None:
+    """Let go of what is not kept."""
+    layer.keep_pages(kept.pages)
+    if not bool(kept.tail.all()):
+        layer.tail.keep(kept.tail.to(layer.tail.keys.device))
+
+
+def _forget(layer: LayerCache) -> None:
+    """Clear the slots that the window has passed, those of pages sealed just now included."""
+    bound = layer.unseen_from_now_on()
+    if bound is not None:
+        layer.forgotten = torch.maximum(layer.forgotten, bound)
+        if layer.table.width:
+            layer.clear_slots(layer.slot_positions() > bound[:, None, None, None])
+
+
+def _seal(layer: LayerCache, counts: Tensor, page_selector: PageSelector | None) -> None:
     """Turn the oldest tail tokens into counts [sequences, kv_heads] pages; the pool has room for them."""
     page, sequence, head = (index.to(layer.tail.keys.device)[:, None] for index in new_pages(counts))
     slots = page * layer.page_size + torch.arange(layer.page_size, device=page.device)  # [n, page_size]
     positions = layer.tail.positions[sequence, head, slots]
     ids = layer.pool.allocate(layer.codec.form, len(page))
     try:
-        _encode(layer, ids, layer.tail.keys[sequence, head, slots], layer.tail.values[sequence, head, slots], positions)
+        keys, values = layer.tail.keys[sequence, head, slots], layer.tail.values[sequence, head, slots]
+        pages = _encode(layer, ids, keys, values, positions)
+        if page_selector is not None:
+            _index(layer, ids, pages, page_selector)
     except BaseException:
         layer.pool.release(layer.codec.form, ids)
         raise
@@ -152,14 +173,27 @@ def _seal(layer: LayerCache, counts: Tensor) -> None:
         layer.tail.keep((slot >= counts[..., None] * layer.page_size).to(layer.tail.keys.device))
 
 
-def _encode(layer: LayerCache, ids: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> None:
-    """Write pages where the pool placed them: in place if they lie side by side, by way of a copy if not."""
+def _encode(layer: LayerCache, ids: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
+    """Write pages where the pool placed them: in place if they lie side by side, by way of a copy if not.
+
+    Returns the pages, uint8 [n, stride].
+    """
     form, slab, rows = layer.codec.form, layer.pool.slab(layer.codec.form), layer.pool.rows(ids)
     together = bool((rows.diff() == 1).all())
     out = slab[int(rows[0]) : int(rows[0]) + len(rows)] if together else slab.new_empty(len(rows), form.stride)
     layer.codec.compressor.encode(form, keys, values, positions, out)
     if not together:
         slab[rows.to(slab.device).long()] = out
+    return out
+
+
+def _index(layer: LayerCache, ids: Tensor, pages: Tensor, page_selector: PageSelector) -> None:
+    """Index pages by their keys as they decode, or a bound on the keys would not hold for what is read."""
+    keys, _ = layer.codec.compressor.decode(layer.codec.form, pages)
+    index = layer.pool.index(layer.codec.form)
+    out = index.new_empty(len(ids), *index.shape[1:])
+    page_selector.index(keys, out)
+    index[ids.to(index.device).long()] = out
 
 
 def crop(layer: LayerCache, end: Tensor) -> None:
@@ -170,4 +204,6 @@ def crop(layer: LayerCache, end: Tensor) -> None:
     stored = layer.tail.positions[..., : layer.tail.width]
     layer.tail.keep(stored < end[:, None, None].to(stored.device))
     layer.last = torch.minimum(layer.last, end - 1)
+    layer.first = layer.first.masked_fill(layer.first >= end, NEVER)
+    layer.seen = torch.minimum(layer.seen, end)
     layer.queried, layer.settled = layer.queried[:, :0], True

@@ -63,6 +63,11 @@ class DeviceSlab:
         """Nothing: the slab keeps its memory as long as it lives."""
 
 
+def reserve(rows: int, stride: int, device: torch.device) -> HostSlab | DeviceSlab:
+    """Memory for rows of `stride` bytes on a device."""
+    return HostSlab(rows, stride) if device.type == "cpu" else DeviceSlab(rows, stride, device)
+
+
 @attrs.define
 class FreeRuns:
     """The free rows of a slab as disjoint runs, sorted, never touching one another."""

@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import attrs
+import torch
 from torch import Tensor
+
+from pikv.core import attention
+from pikv.core.errors import StateError
+
+if TYPE_CHECKING:
+    from pikv.core.config import LayerConfig
 
 
 @attrs.frozen(kw_only=True)
 class TokenView:
     """The stored tokens of one layer, oldest first.
 
-    positions: int32 [sequences, kv_heads, tokens]; -1 where a row has fewer tokens than the longest.
+    positions: int32 [sequences, kv_heads, tokens]; -1 where there is no token.
+    queries: [sequences, query_heads, window, key_dim], the newest queries, and asked: int64 [sequences, window], their
+    positions, -1 where a sequence has had fewer; None unless the selector asks for a window of queries.
     """
 
     layer_id: int
+    layer: LayerConfig
     positions: Tensor
+    queries: Tensor | None = None
+    asked: Tensor | None = None
     _decode: Callable[[], tuple[Tensor, Tensor]]
 
     @property
@@ -28,6 +41,27 @@ class TokenView:
     def values(self) -> Tensor:
         """[sequences, kv_heads, tokens, value_dim] as they are read back; decoded on request."""
         return self._decode()[1]
+
+    def attention(self) -> Tensor:
+        """How much each of the newest queries attends to each stored token, causal: the softmax over what is stored.
+
+        [sequences, kv_heads, group, window, tokens]; 0 for a query that has not been asked, a token that is newer
+        than the query, and where there is no token.
+        """
+        if self.queries is None or self.asked is None:
+            raise StateError(
+                "this view has no queries: only a QueryTokenSelector is shown the newest ones; derive from it and give "
+                "it a window"
+            )
+        grouped = self.queries.unflatten(1, (-1, self.layer.group))
+        keys = self.keys[:, :, None]
+        scores = attention.score(grouped, keys, scale=self.layer.scale, softcap=self.layer.softcap)
+        held, asked = self.positions[:, :, None, None, :], self.asked[:, None, None, :, None].to(self.positions.device)
+        seen = (held >= 0) & (held <= asked)
+        if self.layer.window is not None:
+            seen &= held > asked - self.layer.window
+        scores = scores.masked_fill(~seen, -torch.inf)
+        return torch.exp(scores - attention.finite(scores.logsumexp(-1, keepdim=True)))
 
 
 @attrs.frozen(kw_only=True)

@@ -1,9 +1,11 @@
 """Pure decisions, one method a file: allocators, selectors, routers, shardings, full pools. No I/O."""
 
 from pikv.policies.evict_oldest import EvictOldest
+from pikv.policies.importance import Importance
+from pikv.policies.quest import Quest
 from pikv.policies.recent import Recent
 from pikv.policies.token_range import TokenRange
 from pikv.policies.top_k import TopK
 from pikv.policies.uniform import Uniform
 
-__all__ = ["EvictOldest", "Recent", "TokenRange", "TopK", "Uniform"]
+__all__ = ["EvictOldest", "Importance", "Quest", "Recent", "TokenRange", "TopK", "Uniform"]

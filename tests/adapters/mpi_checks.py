@@ -11,7 +11,7 @@ from mpi4py import MPI
 
 from pikv.adapters.mpi import MpiTransport
 from pikv.core.errors import InputError, TransportError
-from pikv.testing.transport import TRANSPORT_CHECKS
+from pikv.testing.transport_checks import TRANSPORT_CHECKS
 
 
 def check_a_closed_transport_raises() -> None:

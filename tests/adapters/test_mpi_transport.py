@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pikv.testing.transport import TRANSPORT_CHECKS
+from pikv.testing.transport_checks import TRANSPORT_CHECKS
 
 MPIRUN = shutil.which("mpirun", path=str(Path(sys.executable).parent)) or shutil.which("mpirun")
 

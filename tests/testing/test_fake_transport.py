@@ -5,7 +5,8 @@ import torch
 
 from pikv.core.errors import TransportError
 from pikv.core.ports.transport import Solo
-from pikv.testing.transport import TRANSPORT_CHECKS, FakeTransport, run_ranks
+from pikv.testing.transport import FakeTransport, run_ranks
+from pikv.testing.transport_checks import TRANSPORT_CHECKS
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])

@@ -5,7 +5,7 @@ from pikv.core.ports.backend import AttendKernel, Backend, PageCodec, Pages
 from pikv.core.ports.compressor import Compressor
 from pikv.core.ports.full_pool import FullPool
 from pikv.core.ports.router import Router, Routing
-from pikv.core.ports.selector import TokenSelector
+from pikv.core.ports.selector import IndexForm, PageIndex, PageSelector, QueryTokenSelector, TokenSelector
 from pikv.core.ports.sharding import Sharding
 from pikv.core.ports.transport import Transport
 
@@ -15,8 +15,12 @@ __all__ = [
     "Backend",
     "Compressor",
     "FullPool",
+    "IndexForm",
     "PageCodec",
+    "PageIndex",
+    "PageSelector",
     "Pages",
+    "QueryTokenSelector",
     "Router",
     "Routing",
     "Sharding",

@@ -1,12 +1,18 @@
-"""The selector port: which tokens stay."""
+"""The selector port: which tokens stay, and which pages a query reads."""
 
 from __future__ import annotations
 
 import abc
+from typing import TYPE_CHECKING
 
+import attrs
+import torch
 from torch import Tensor
 
 from pikv.core.views import TokenView
+
+if TYPE_CHECKING:
+    from pikv.core.config import LayerConfig
 
 
 class TokenSelector(abc.ABC):
@@ -23,3 +29,57 @@ class TokenSelector(abc.ABC):
     @abc.abstractmethod
     def score(self, view: TokenView) -> Tensor:
         """Return [sequences, kv_heads, tokens]; the lowest leave first. Changes nothing."""
+
+
+class QueryTokenSelector(TokenSelector):
+    """A token selector that looks at the newest queries; its view has `queries`, `asked` and `attention()`."""
+
+    window: int
+    """How many of the newest queries of a sequence it needs."""
+
+
+@attrs.frozen
+class IndexForm:
+    """What a page selector keeps of a page: one array."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+@attrs.frozen(kw_only=True)
+class PageIndex:
+    """The index of the sealed pages of a layer, oldest first.
+
+    arrays: [sequences, kv_heads, pages, *shape of the IndexForm]; present: bool [sequences, kv_heads, pages].
+    """
+
+    arrays: Tensor
+    present: Tensor
+
+
+class PageSelector(abc.ABC):
+    """Choose the sealed pages that a query of one token reads. Evicts nothing. Settings only.
+
+    Authors write what to keep of a page and how to score it; the newest page is read whatever its score, and the
+    choice of the best is written once, in core. Prompts read everything.
+    """
+
+    pages: int
+    """How many sealed pages each KV head reads, the newest included."""
+    dense_layers: int
+    """The first layers of the model that read everything."""
+
+    @abc.abstractmethod
+    def index_form(self, layer: LayerConfig) -> IndexForm:
+        """Return what is kept of each page of this layer."""
+
+    @abc.abstractmethod
+    def index(self, keys: Tensor, out: Tensor) -> None:
+        """Write the index of n pages into out [n, *shape]. keys: [n, page_size, key_dim], as the pages decode."""
+
+    @abc.abstractmethod
+    def score(self, index: PageIndex, query: Tensor) -> Tensor:
+        """Return [sequences, kv_heads, pages], highest read first.
+
+        query: [sequences, kv_heads, group, key_dim]. Changes nothing; scores of absent pages do not matter.
+        """

@@ -1,0 +1,197 @@
+"""Pages of 8, 4 or 2 bits an entry, each small group of entries with a scale and a zero of its own."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, final
+
+import attrs
+import torch
+from torch import Tensor
+
+from pikv.core.errors import ConfigError, InputError
+from pikv.core.forms import Affine, Encoding, PageForm
+from pikv.core.ports import Compressor
+
+if TYPE_CHECKING:
+    from pikv.core.config import LayerConfig
+
+LARGEST_GROUP = 32  # KIVI, arXiv 2402.02750, section 4
+_FLOAT16_MAX = torch.finfo(torch.float16).max
+
+
+@final
+@attrs.frozen
+class Int8(Compressor):
+    """8 bits an entry: keys per channel in groups of 32 tokens, values per token in groups of 32 channels.
+
+    Source of the layout: KIVI, arXiv 2402.02750, section 3. `Affine` states the bytes. A page holds no more than this:
+    what is decoded differs from what was encoded by at most half its group's scale, and the rounding of one float32
+    sum: `|x - decoded| <= scale / 2 + 2**-23 * max(|x|, |decoded|)`.
+
+    Groups are the largest that divide page_size or value_dim, fill whole bytes, and are no larger than 32.
+    Raises InputError, and writes nothing, for entries beyond float16's range.
+    """
+
+    def form(self, layer: LayerConfig, *, page_size: int, dtype: torch.dtype) -> PageForm:
+        """Any page_size, key_dim and value_dim; the model's dtype makes no difference."""
+        return affine_form(8, layer, page_size)
+
+    def encode(self, form: PageForm, keys: Tensor, values: Tensor, positions: Tensor, out: Tensor) -> None:
+        """See Compressor.encode; every byte of out is written, padding as 0."""
+        write_pages(form, keys, values, positions, out)
+
+    def decode(self, form: PageForm, pages: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values in float32."""
+        return read_pages(form, pages)
+
+
+@final
+@attrs.frozen
+class Int4(Compressor):
+    """4 bits an entry, otherwise like Int8, the bound on the error included. value_dim must be a multiple of 2."""
+
+    def form(self, layer: LayerConfig, *, page_size: int, dtype: torch.dtype) -> PageForm:
+        """Raises ConfigError for a page_size or value_dim that does not fill whole bytes."""
+        return affine_form(4, layer, page_size)
+
+    def encode(self, form: PageForm, keys: Tensor, values: Tensor, positions: Tensor, out: Tensor) -> None:
+        """See Compressor.encode; every byte of out is written, padding as 0."""
+        write_pages(form, keys, values, positions, out)
+
+    def decode(self, form: PageForm, pages: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values in float32."""
+        return read_pages(form, pages)
+
+
+@final
+@attrs.frozen
+class Int2(Compressor):
+    """2 bits an entry, otherwise like Int8, the bound on the error included. value_dim must be a multiple of 4."""
+
+    def form(self, layer: LayerConfig, *, page_size: int, dtype: torch.dtype) -> PageForm:
+        """Raises ConfigError for a page_size or value_dim that does not fill whole bytes."""
+        return affine_form(2, layer, page_size)
+
+    def encode(self, form: PageForm, keys: Tensor, values: Tensor, positions: Tensor, out: Tensor) -> None:
+        """See Compressor.encode; every byte of out is written, padding as 0."""
+        write_pages(form, keys, values, positions, out)
+
+    def decode(self, form: PageForm, pages: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values in float32."""
+        return read_pages(form, pages)
+
+
+def affine_form(bits: int, layer: LayerConfig, page_size: int) -> PageForm:
+    """The fields that `Affine` names, and positions."""
+    keys = Affine(bits, _group("page_size", page_size, bits), "tokens")
+    values = Affine(bits, _group("value_dim", layer.value_dim, bits), "channels")
+    key_groups = (page_size // keys.group, layer.key_dim)
+    value_groups = (layer.value_dim // values.group, page_size)
+    return PageForm.packed(
+        page_size,
+        keys,
+        values,
+        {
+            "keys": (torch.uint8, (layer.key_dim, page_size // keys.codes_a_byte)),
+            "key_scales": (torch.float16, key_groups),
+            "key_zeros": (torch.float16, key_groups),
+            "values": (torch.uint8, (page_size, layer.value_dim // values.codes_a_byte)),
+            "value_scales": (torch.float16, value_groups),
+            "value_zeros": (torch.float16, value_groups),
+            "positions": (torch.int32, (page_size,)),
+        },
+    )
+
+
+def _group(name: str, entries: int, bits: int) -> int:
+    """The largest divisor of entries, no larger than LARGEST_GROUP, that fills whole bytes."""
+    codes_a_byte = 8 // bits
+    groups = [size for size in range(codes_a_byte, LARGEST_GROUP + 1, codes_a_byte) if entries % size == 0]
+    if not groups:
+        raise ConfigError(
+            f"{name} must be a multiple of {codes_a_byte}, so that codes of {bits} bits fill whole bytes, got "
+            f"{entries}; use more bits (Int8 takes any dimension) or Exact"
+        )
+    return groups[-1]
+
+
+def write_pages(form: PageForm, keys: Tensor, values: Tensor, positions: Tensor, out: Tensor) -> None:
+    """Write pages of an affine form: keys [n, page_size, key_dim], values, positions into out uint8 [n, stride]."""
+    quantized = {
+        "key": quantize("keys", keys.mT, _affine(form.keys)),
+        "value": quantize("values", values, _affine(form.values)),
+    }
+    out.zero_()
+    for side, (codes, scales, zeros) in quantized.items():
+        form.view(out, f"{side}s").copy_(codes)
+        form.view(out, f"{side}_scales").copy_(scales.mT)
+        form.view(out, f"{side}_zeros").copy_(zeros.mT)
+    form.view(out, "positions").copy_(positions)
+
+
+def read_pages(form: PageForm, pages: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys [n, page_size, key_dim] and values [n, page_size, value_dim] in float32 of pages of an affine form."""
+    keys, values = (
+        dequantize(
+            form.view(pages, f"{side}s"),
+            form.view(pages, f"{side}_scales").mT,
+            form.view(pages, f"{side}_zeros").mT,
+            _affine(encoding),
+        )
+        for side, encoding in (("key", form.keys), ("value", form.values))
+    )
+    return keys.mT, values
+
+
+def _affine(encoding: Encoding) -> Affine:
+    assert isinstance(encoding, Affine)  # the form is one that affine_form returned
+    return encoding
+
+
+def quantize(name: str, states: Tensor, encoding: Affine) -> tuple[Tensor, Tensor, Tensor]:
+    """Return packed codes uint8 [..., entries / codes_a_byte], scales and zeros float16 [..., groups] of states.
+
+    states: [..., entries], called `name` in errors. Raises InputError for what float16 cannot hold, NaN included.
+    """
+    grouped = states.unflatten(-1, (-1, encoding.group))
+    low, high = (bound.double() for bound in grouped.aminmax(dim=-1))
+    if not bool(((low >= -_FLOAT16_MAX) & (high <= _FLOAT16_MAX)).all()):
+        raise InputError(
+            f"{name} must lie within float16's range of +-{_FLOAT16_MAX:.0f}, which their scales and zeros are stored "
+            f"in, got a magnitude of {float(states.abs().amax()):.6g}; use the compressor Exact"
+        )
+    zeros = _float16_at_most(low + 0.0)  # the sum makes 0.0 of -0.0: which of the two is least depends on the order
+    scales = -_float16_at_most(-(high - zeros.double()) / encoding.highest_code)
+    divisors = scales.double().masked_fill(scales == 0, 1.0)
+    # float64: a float32 quotient may fall on the wrong side of a tie, and the error be more than half a scale.
+    codes = (grouped - zeros.double()[..., None]).div_(divisors[..., None]).round_()
+    return _pack(codes.to(torch.uint8).flatten(-2), encoding.bits), scales, zeros
+
+
+def _float16_at_most(bound: Tensor) -> Tensor:
+    """The largest float16 not above each entry of bound, which is within float16's range."""
+    nearest = bound.to(torch.float16)
+    pattern = nearest.view(torch.int16)  # its sign is the number's; the rest grows with the magnitude
+    below = torch.where(pattern < 0, pattern + 1, pattern - 1).view(torch.float16)
+    return torch.where(nearest > bound, below, nearest)
+
+
+def dequantize(codes: Tensor, scales: Tensor, zeros: Tensor, encoding: Affine) -> Tensor:
+    """Undo `quantize`: float32 [..., entries]."""
+    grouped = _unpack(codes, encoding.bits).unflatten(-1, (-1, encoding.group)).to(torch.float32)
+    return torch.addcmul(zeros.to(grouped)[..., None], grouped, scales.to(grouped)[..., None]).flatten(-2)
+
+
+def _pack(codes: Tensor, bits: int) -> Tensor:
+    """Codes uint8 [..., entries], low bits first: uint8 [..., entries * bits / 8]."""
+    codes_a_byte = 8 // bits
+    packed = codes[..., ::codes_a_byte].clone()
+    for place in range(1, codes_a_byte):
+        packed |= codes[..., place::codes_a_byte] << (place * bits)
+    return packed
+
+
+def _unpack(packed: Tensor, bits: int) -> Tensor:
+    """Undo `_pack`."""
+    mask = (1 << bits) - 1
+    return torch.stack([(packed >> shift) & mask for shift in range(0, 8, bits)], dim=-1).flatten(-2)

@@ -1,0 +1,37 @@
+"""PiKV's importance: the attention that a token gets."""
+
+from __future__ import annotations
+
+from typing import final
+
+import attrs
+from torch import Tensor
+
+from pikv.core.errors import ConfigError
+from pikv.core.ports import QueryTokenSelector
+from pikv.core.views import TokenView
+
+
+@final
+@attrs.frozen(kw_only=True)
+class Importance(QueryTokenSelector):
+    """Keep the tokens that get the most attention: I_t = sum_h softmax(Q_h K_t / sqrt(d)). Source: arXiv 2508.06526.
+
+    The sum runs over the query heads h of the token's KV head and over the newest `window` queries. Causal: a token
+    gains nothing from a query before it. The softmax is over what is stored, so scores follow what was evicted.
+    """
+
+    window: int = 32
+    sinks: int = 4
+    recent: int = 32
+
+    def __attrs_post_init__(self) -> None:
+        if self.window < 1 or self.sinks < 0 or self.recent < 0:
+            raise ConfigError(
+                "window must be positive, sinks and recent not negative, "
+                f"got {self.window}, {self.sinks} and {self.recent}"
+            )
+
+    def score(self, view: TokenView) -> Tensor:
+        """I_t: [sequences, kv_heads, tokens]."""
+        return view.attention().sum((2, 3))

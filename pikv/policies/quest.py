@@ -1,0 +1,58 @@
+"""Quest: read the pages whose keys could answer the query best."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, final
+
+import attrs
+import torch
+from torch import Tensor
+
+from pikv.core.errors import ConfigError
+from pikv.core.ports import IndexForm, PageIndex, PageSelector
+
+if TYPE_CHECKING:
+    from pikv.core.config import LayerConfig
+
+
+@final
+@attrs.frozen(kw_only=True)
+class Quest(PageSelector):
+    """Score a page by an upper bound on every q.k in it. Source: Quest, arXiv 2406.10774, section 3.2.
+
+    Of each page and channel, the least and the greatest key m and M are kept (float16, rounded outwards); the score
+    is sum_d max(q_d m_d, q_d M_d) = relu(q) . M - relu(-q) . m, the greatest over the group's query heads.
+    """
+
+    pages: int = 32
+    dense_layers: int = 2
+
+    def __attrs_post_init__(self) -> None:
+        if self.pages < 1 or self.dense_layers < 0:
+            raise ConfigError(
+                f"pages must be positive and dense_layers not negative, got {self.pages} and {self.dense_layers}"
+            )
+
+    def index_form(self, layer: LayerConfig) -> IndexForm:
+        """Least and greatest key of each channel: float16 [2, key_dim]."""
+        return IndexForm(torch.float16, (2, layer.key_dim))
+
+    def index(self, keys: Tensor, out: Tensor) -> None:
+        """See PageSelector.index."""
+        out[:, 0] = -_rounded_up(-keys.amin(1).float())
+        out[:, 1] = _rounded_up(keys.amax(1).float())
+
+    def score(self, index: PageIndex, query: Tensor) -> Tensor:
+        """See PageSelector.score; the bound is on q.k before scaling."""
+        least, greatest = index.arrays.float().unbind(-2)
+        query = query.float()
+        bound = query.clamp(min=0) @ greatest.mT - (-query).clamp(min=0) @ least.mT  # [.., group, pages]
+        return bound.nan_to_num(nan=torch.inf).amax(2)  # NaN is 0 * inf: a key beyond float16, so read the page
+
+
+def _rounded_up(numbers: Tensor) -> Tensor:
+    """The least float16 that is not below each float32 number."""
+    near = numbers.to(torch.float16) + 0.0  # + 0.0 turns -0 into 0, whose bits count up
+    bits = near.view(torch.int16)
+    above = torch.where(near < 0, bits - 1, bits + 1).view(torch.float16)
+    return torch.where(near.float() < numbers, above, near)
