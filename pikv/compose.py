@@ -24,12 +24,12 @@ from pikv.core.ports import (
     Transport,
 )
 from pikv.core.torch_backend import TorchBackend
-from pikv.policies import EvictOldest, Importance, Quest, Recent, TokenRange, TopK, Uniform
+from pikv.policies import EvictOldest, Importance, LatencyAware, Pyramid, Quest, Recent, TokenRange, TopK, Uniform
 
 _PARTS: dict[str, dict[str, Callable[..., Any]]] = {
-    "allocator": {"uniform": Uniform},
+    "allocator": {"pyramid": Pyramid, "uniform": Uniform},
     "compressor": {"exact": Exact, "int2": Int2, "int4": Int4, "int8": Int8},
-    "router": {"top_k": TopK},
+    "router": {"latency_aware": LatencyAware, "top_k": TopK},
     "shard_by": {"token_range": TokenRange},
     "page_selector": {"quest": Quest},
     "token_selector": {"importance": Importance, "keep_all": KeepAll, "recent": Recent},

@@ -54,7 +54,7 @@ class PiKVCache:
         return Budget(
             model=self.model,
             allocator=runtime.allocator,
-            budget_tokens=runtime.budget_tokens,
+            budget_tokens=runtime.budget_tokens // runtime.places,
             tail_tokens=runtime.tail_tokens,
             page_size=runtime.page_size,
             sinks=runtime.token_selector.sinks,

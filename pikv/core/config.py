@@ -64,6 +64,7 @@ class LayerConfig:
 
     @scale.default
     def _scale(self) -> float:
+        _positive(self, attrs.fields(LayerConfig).key_dim, self.key_dim)  # validators run after defaults
         return float(self.key_dim**-0.5)
 
     def __attrs_post_init__(self) -> None:
@@ -163,7 +164,8 @@ class RuntimeConfig:
     """How a cache is composed. Every default is exact, in memory, and needs torch alone.
 
     page_size: tokens a sealed page holds. tail_tokens: the newest tokens of a row that stay exact. budget_tokens:
-    the mean number of tokens that a layer and KV head may keep, sinks and tail included; None keeps everything.
+    the mean number of tokens that a layer and KV head may keep, sinks and tail included, on all ranks together; None
+    keeps everything.
     backends: asked in this order for a kernel, once a layer. transport and sharding: where tokens are stored when
     several ranks decode together.
     """
@@ -214,11 +216,16 @@ class RuntimeConfig:
                 f"window lives in the tail, got {self.tail_tokens}; raise it or lower recent"
             )
         least = self.tail_tokens + -(-selector.sinks // self.page_size) * self.page_size
-        if self.budget_tokens < least:
+        if self.budget_tokens < least * self.places:
             raise ConfigError(
-                f"budget_tokens must be >= tail_tokens + the pages that hold the sinks = {least}, got "
-                f"{self.budget_tokens}; raise it or lower tail_tokens"
+                f"budget_tokens must be >= tail_tokens + the pages that hold the sinks = {least} on each of "
+                f"{self.places} ranks, got {self.budget_tokens}; raise it or lower tail_tokens"
             )
+
+    @property
+    def places(self) -> int:
+        """How many ranks store tokens."""
+        return 1 if self.transport is None else self.transport.size
 
     def form(self, layer: LayerConfig, dtype: torch.dtype) -> PageForm:
         """The layout of this layer's pages."""

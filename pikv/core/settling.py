@@ -1,7 +1,7 @@
 """What happens to a layer after it has been read: windows slide, budgets are kept, full pages are sealed.
 
-What leaves is decided first, then room is made in the pool, and only then anything changes, so that a full pool
-leaves the layer as it was.
+What leaves is decided first, then new pages are encoded and room is made in the pool, and only then anything changes:
+whatever raises leaves the layer as it was.
 """
 
 from __future__ import annotations
@@ -10,12 +10,13 @@ import attrs
 import torch
 from torch import Tensor
 
+from pikv.core import sealing
 from pikv.core.errors import PoolFullError, StateError
 from pikv.core.eviction import Candidates, choose
 from pikv.core.layer import NEVER, LayerCache
 from pikv.core.ports.full_pool import FullPool
 from pikv.core.ports.selector import PageSelector, QueryTokenSelector, TokenSelector
-from pikv.core.tables import ABSENT, all_live, new_pages
+from pikv.core.tables import ABSENT
 from pikv.core.tail import EMPTY
 
 
@@ -55,11 +56,12 @@ def settle(
             _check_asked(layer, selector)
             _evict(layer, kept, selector, budget_tokens)
         counts = _pages_to_seal(kept.tail.sum(-1), layer, tail_tokens)
+        sealed = sealing.encode(layer, kept.tail, counts, page_selector) if bool(counts.any()) else None
         with layer.pool.locked():
             _make_room(layer, kept, int(counts.sum()), when_full)
             _drop(layer, kept)
-            if bool(counts.any()):
-                _seal(layer, counts, page_selector)
+            if sealed is not None:
+                sealing.store(layer, sealed)
             _forget(layer)
     layer.settled = True
 
@@ -149,51 +151,6 @@ def _forget(layer: LayerCache) -> None:
         layer.forgotten = torch.maximum(layer.forgotten, bound)
         if layer.table.width:
             layer.clear_slots(layer.slot_positions() > bound[:, None, None, None])
-
-
-def _seal(layer: LayerCache, counts: Tensor, page_selector: PageSelector | None) -> None:
-    """Turn the oldest tail tokens into counts [sequences, kv_heads] pages; the pool has room for them."""
-    page, sequence, head = (index.to(layer.tail.keys.device)[:, None] for index in new_pages(counts))
-    slots = page * layer.page_size + torch.arange(layer.page_size, device=page.device)  # [n, page_size]
-    positions = layer.tail.positions[sequence, head, slots]
-    ids = layer.pool.allocate(layer.codec.form, len(page))
-    try:
-        keys, values = layer.tail.keys[sequence, head, slots], layer.tail.values[sequence, head, slots]
-        pages = _encode(layer, ids, keys, values, positions)
-        if page_selector is not None:
-            _index(layer, ids, pages, page_selector)
-    except BaseException:
-        layer.pool.release(layer.codec.form, ids)
-        raise
-    layer.add_pages(ids, positions[:, -1].long().cpu(), counts, live=all_live(layer.page_size))
-    if layer.tail.even and bool((counts == counts[0, 0]).all()):
-        layer.tail.drop_oldest(int(counts[0, 0]) * layer.page_size)
-    else:
-        slot = torch.arange(layer.tail.width)
-        layer.tail.keep((slot >= counts[..., None] * layer.page_size).to(layer.tail.keys.device))
-
-
-def _encode(layer: LayerCache, ids: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
-    """Write pages where the pool placed them: in place if they lie side by side, by way of a copy if not.
-
-    Returns the pages, uint8 [n, stride].
-    """
-    form, slab, rows = layer.codec.form, layer.pool.slab(layer.codec.form), layer.pool.rows(ids)
-    together = bool((rows.diff() == 1).all())
-    out = slab[int(rows[0]) : int(rows[0]) + len(rows)] if together else slab.new_empty(len(rows), form.stride)
-    layer.codec.compressor.encode(form, keys, values, positions, out)
-    if not together:
-        slab[rows.to(slab.device).long()] = out
-    return out
-
-
-def _index(layer: LayerCache, ids: Tensor, pages: Tensor, page_selector: PageSelector) -> None:
-    """Index pages by their keys as they decode, or a bound on the keys would not hold for what is read."""
-    keys, _ = layer.codec.compressor.decode(layer.codec.form, pages)
-    index = layer.pool.index(layer.codec.form)
-    out = index.new_empty(len(ids), *index.shape[1:])
-    page_selector.index(keys, out)
-    index[ids.to(index.device).long()] = out
 
 
 def crop(layer: LayerCache, end: Tensor) -> None:

@@ -54,11 +54,11 @@ class TorchAttend:
             yield slice(start, min(start + columns, width))
 
     def _attend_block(self, query: Tensor, pages: Pages, block: slice, oldest: Tensor | None) -> Partial:
-        codec, (sequences, kv_heads, queries, _) = self.codec, query.shape
+        codec, (sequences, kv_heads) = self.codec, query.shape[:2]
         grid = (block.stop - block.start, sequences, kv_heads)
         stored = self._load(pages, block)  # [pages * sequences * kv_heads, stride], in this order
         keys, values = codec.compressor.decode(codec.form, stored)
-        asked = query.expand(grid[0], *query.shape).reshape(-1, queries, query.shape[-1])
+        asked = query.expand(grid[0], *query.shape).flatten(0, 2)
         scores = attention.score(asked, keys, scale=codec.layer.scale, softcap=codec.layer.softcap)
         scores = scores.unflatten(0, grid)  # [pages, sequences, kv_heads, queries, page_size]
         hidden = self._hidden(pages, block, stored, oldest, grid)

@@ -48,9 +48,7 @@ class Pyramid(Allocator):
             rise = (mean * (1 - 1 / self.beta)).minimum(most[..., None] - mean).minimum(mean - least[..., None])
             return (mean[..., None] + rise[..., None] * side) * heads[..., None, :]
 
-        return apportion_along(
-            line, low=least, high=most, total=request.budget_pages, floor=floor, ceiling=ceiling
-        )
+        return apportion_along(line, low=least, high=most, total=request.budget_pages, floor=floor, ceiling=ceiling)
 
     def heads(self, request: AllocationRequest, layer_id: int, pages: Tensor, scores: Tensor | None) -> Tensor:
         """The same for all heads, as Uniform has it."""

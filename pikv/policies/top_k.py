@@ -7,8 +7,8 @@ from typing import final
 import attrs
 from torch import Tensor
 
-from pikv.core.errors import InputError
-from pikv.core.ports import Router, Routing
+from pikv.core.ports import Observation, Router, RouterState, Routing
+from pikv.core.ports.router import check_places, check_routing
 
 
 @final
@@ -16,12 +16,15 @@ from pikv.core.ports import Router, Routing
 class TopK(Router):
     """The k most probable experts, weights renormalised to sum to 1. Source: Mixtral, arXiv 2401.04088, section 2.1."""
 
-    def route(self, probabilities: Tensor, k: int) -> Routing:
-        """See Router.route; probabilities [tokens, experts]."""
-        if probabilities.dim() != 2 or not 1 <= k <= probabilities.shape[1]:
-            raise InputError(
-                f"probabilities must be [tokens, experts] with at least k = {k} experts, "
-                f"got {list(probabilities.shape)}"
-            )
-        weights, experts = probabilities.topk(k, dim=-1)
-        return Routing(experts, weights / weights.sum(-1, keepdim=True))
+    def start(self, experts: int, places: Tensor) -> RouterState:
+        """Nothing but the places."""
+        return RouterState(places=check_places(experts, places))
+
+    def route(self, state: RouterState, probabilities: Tensor, k: int) -> Routing:
+        """The k most probable."""
+        check_routing(state, probabilities, k)
+        return Routing.to(probabilities.topk(k, dim=-1).indices, probabilities)
+
+    def observe(self, state: RouterState, seen: Observation) -> RouterState:
+        """Nothing is learnt."""
+        return state

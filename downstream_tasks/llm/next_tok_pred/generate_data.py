@@ -1,6 +1,6 @@
 """Make text and recall data for a small language model, from text that every machine has.
 
-The text is the Python standard library's source. A recall sample hides `@ key -> value` lines in it and ends
+The text is the Python standard library's source. A recall sample hides lines such as `@QZ>482` in it, and ends
 by repeating them in another order: whoever still holds the first occurrence can write the values.
 
     python downstream_tasks/llm/next_tok_pred/generate_data.py --output /tmp/tiny_data
@@ -22,7 +22,7 @@ from tqdm import tqdm
 SPECIALS = ("<pad>", "<s>", "</s>", "<unk>")
 CHARACTERS = "\n" + string.digits + string.ascii_letters + string.punctuation + " "
 VOCABULARY = 112  # specials and characters, rounded up to a multiple of 16
-_KEY_LETTERS, _VALUE_DIGITS = 3, 3
+_KEY_LETTERS, _VALUE_DIGITS = 2, 3
 
 
 @attrs.frozen
@@ -35,13 +35,12 @@ class Stage:
 
 
 CURRICULUM = (
-    Stage(length=96, pairs=(2, 3), samples=60_000),
-    Stage(length=192, pairs=(2, 6), samples=20_000),
-    Stage(length=384, pairs=(3, 12), samples=8_000),
-    Stage(length=768, pairs=(4, 20), samples=4_000),
-    Stage(length=1536, pairs=(4, 28), samples=2_500),
-    Stage(length=2560, pairs=(4, 36), samples=1_600),
-    Stage(length=4608, pairs=(4, 36), samples=400),
+    Stage(length=160, pairs=(4, 8), samples=70_000),
+    Stage(length=320, pairs=(6, 14), samples=20_000),
+    Stage(length=640, pairs=(6, 20), samples=10_000),
+    Stage(length=1280, pairs=(6, 28), samples=5_000),
+    Stage(length=2304, pairs=(6, 32), samples=3_000),
+    Stage(length=4352, pairs=(6, 36), samples=400),
 )
 
 
@@ -77,15 +76,15 @@ class Sample:
     @property
     def question_start(self) -> int:
         """The index of the first repeated line; what comes before is the context."""
-        return self.answers[0].start - len("@ " + "k" * _KEY_LETTERS + " -> ")
+        return self.answers[0].start - len("@" + "K" * _KEY_LETTERS + ">")
 
 
 def _pairs(rng: np.random.Generator, count: int) -> list[str]:
-    letters = np.array(list(string.ascii_lowercase))
+    letters = np.array(list(string.ascii_uppercase))
     keys: set[str] = set()
     while len(keys) < count:
         keys.add("".join(rng.choice(letters, _KEY_LETTERS)))
-    return [f"@ {key} -> {rng.integers(10**_VALUE_DIGITS):0{_VALUE_DIGITS}d}\n" for key in sorted(keys)]
+    return [f"@{key}>{rng.integers(10**_VALUE_DIGITS):0{_VALUE_DIGITS}d}\n" for key in sorted(keys)]
 
 
 def recall_sample(text: str, rng: np.random.Generator, *, length: int, pairs: int) -> Sample:
@@ -148,10 +147,9 @@ def main() -> None:
     names = []
     for number, planned in enumerate(CURRICULUM):
         stage = attrs.evolve(planned, samples=max(2, round(planned.samples * arguments.scale)))
-        recall, answers = recall_rows(text, rng, stage)
-        passages = text_rows(text, rng, length=stage.length, samples=stage.samples)
+        ids, answers = recall_rows(text, rng, stage)
         names.append(f"stage-{number}-{stage.length}.npz")
-        np.savez(arguments.output / names[-1], text=passages, recall=recall, answers=answers)
+        np.savez(arguments.output / names[-1], ids=ids, answers=answers)
     (arguments.output / "curriculum.json").write_text(json.dumps({"seed": arguments.seed, "stages": names}, indent=2))
     print(f"{len(names)} stages of text and recall in {arguments.output}")
 

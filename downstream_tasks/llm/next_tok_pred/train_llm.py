@@ -3,8 +3,8 @@
     python downstream_tasks/llm/next_tok_pred/generate_data.py --output /tmp/tiny_data
     python downstream_tasks/llm/next_tok_pred/train_llm.py --data /tmp/tiny_data --output /tmp/tiny_moe
 
-The curriculum's stages are trained one after another, each with its own cosine schedule. The loss is the mean
-over samples, so that the few characters that answer a question weigh as much as a whole passage of text.
+The curriculum's stages are trained one after another, each with its own cosine schedule; only the last ends at 0. The
+few characters that answer questions weigh as much as all of the text.
 """
 
 from __future__ import annotations
@@ -36,20 +36,22 @@ BATCH_LENGTH = 256  # characters: --batch_size counts samples of this length, so
 
 
 class StageRows(Dataset):
-    """One stage: a passage of text at even places, a recall sample at odd ones."""
+    """The samples of one stage. Labels are [2, tokens]: of the text, and of the answers; IGNORED elsewhere."""
 
     def __init__(self, file: Path) -> None:
         with np.load(file) as arrays:
-            self.text, self.recall, self.answers = arrays["text"], arrays["recall"], arrays["answers"]
+            self.ids, self.answers = arrays["ids"], arrays["answers"]
 
     def __len__(self) -> int:
-        return 2 * len(self.text)
+        return len(self.ids)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        row, is_recall = divmod(index, 2)
-        ids = torch.from_numpy((self.recall if is_recall else self.text)[row].astype(np.int64))
-        labels = ids.masked_fill(torch.from_numpy(~self.answers[row]), IGNORED) if is_recall else ids
-        return {"input_ids": ids, "labels": labels}
+        ids = torch.from_numpy(self.ids[index].astype(np.int64))
+        answers = torch.from_numpy(self.answers[index])
+        return {
+            "input_ids": ids,
+            "labels": torch.stack([ids.masked_fill(answers, IGNORED), ids.masked_fill(~answers, IGNORED)]),
+        }
 
 
 def character_tokenizer() -> PreTrainedTokenizerFast:
@@ -89,12 +91,14 @@ def new_model() -> MixtralForCausalLM:
     )
 
 
-def mean_over_samples(outputs, labels: torch.Tensor, num_items_in_batch=None) -> torch.Tensor:
-    """The mean over samples of each sample's mean loss over its labels, and the experts' balance loss."""
-    logits, targets = outputs.logits[:, :-1], labels[:, 1:]
-    losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), targets, ignore_index=IGNORED, reduction="none")
-    counted = (targets != IGNORED).sum(-1).clamp(min=1)
-    return (losses.sum(-1) / counted).mean() + 0.01 * outputs.aux_loss
+def text_and_answers(outputs, labels: torch.Tensor, num_items_in_batch=None) -> torch.Tensor:
+    """The mean loss over the text, plus that over the answers, plus the experts' balance loss."""
+    logits = outputs.logits[:, :-1].flatten(0, 1)
+    text, answers = (
+        torch.nn.functional.cross_entropy(logits, labels[:, kind, 1:].flatten(), ignore_index=IGNORED)
+        for kind in (0, 1)
+    )
+    return text + answers + 0.01 * outputs.aux_loss
 
 
 @torch.inference_mode()
@@ -141,15 +145,18 @@ def report(model: MixtralForCausalLM, *, samples: int) -> dict[str, float]:
     return measures
 
 
-def train_stage(model: MixtralForCausalLM, file: Path, arguments: argparse.Namespace, scratch: Path) -> None:
-    """Train one stage; every stage has the same number of tokens a step."""
+def train_stage(
+    model: MixtralForCausalLM, file: Path, arguments: argparse.Namespace, *, scratch: Path, last_rate: float
+) -> None:
+    """Train one stage, down to last_rate of the learning rate; every stage has the same number of tokens a step."""
     rows = StageRows(file)
     settings = TrainingArguments(
         output_dir=str(scratch),
-        per_device_train_batch_size=max(1, arguments.batch_size * BATCH_LENGTH // rows.text.shape[1]),
+        per_device_train_batch_size=max(1, arguments.batch_size * BATCH_LENGTH // rows.ids.shape[1]),
         learning_rate=arguments.learning_rate,
         num_train_epochs=arguments.num_epochs,
-        lr_scheduler_type="cosine",
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr_rate": last_rate},
         warmup_steps=50,
         weight_decay=0.01,
         adam_beta2=0.98,
@@ -160,11 +167,11 @@ def train_stage(model: MixtralForCausalLM, file: Path, arguments: argparse.Names
         seed=arguments.seed,
         use_cpu=not torch.cuda.is_available(),
     )
-    Trainer(model, settings, train_dataset=rows, compute_loss_func=mean_over_samples).train()
+    Trainer(model, settings, train_dataset=rows, compute_loss_func=text_and_answers).train()
     model.eval()
-    length = rows.text.shape[1]
-    pairs = max(2, length // 128)
-    accuracy = recall_accuracy(model, length=length, pairs=pairs, samples=50)
+    length = rows.ids.shape[1]
+    pairs = max(4, length // 128)
+    accuracy = recall_accuracy(model, length=length, pairs=pairs, samples=20)
     print(f"recall of {pairs} pairs in {length} characters: {accuracy:.1%}", flush=True)
 
 
@@ -176,8 +183,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--use_lora", action="store_true", help="not served yet")
     parser.add_argument("--rank", type=int, default=4, help="of LoRA; not served yet")
     parser.add_argument("--alpha", type=float, default=1.0, help="of LoRA; not served yet")
-    parser.add_argument("--batch_size", type=int, default=32, help="samples of 256 characters a step")
-    parser.add_argument("--learning_rate", type=float, default=2e-3)
+    parser.add_argument("--batch_size", type=int, default=16, help="samples of 256 characters a step")
+    parser.add_argument("--learning_rate", type=float, default=3e-3)
     parser.add_argument("--num_epochs", type=int, default=1, help="passes over each stage")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--report_samples", type=int, default=100, help="recall samples for each number reported")
@@ -199,8 +206,9 @@ def main() -> None:
     stages = json.loads((arguments.data / "curriculum.json").read_text())["stages"]
     started = time.monotonic()
     for name in stages:
-        print(f"{name}", flush=True)
-        train_stage(model, arguments.data / name, arguments, arguments.output / "scratch")
+        print(name, flush=True)
+        last_rate = 0.0 if name == stages[-1] else 0.3
+        train_stage(model, arguments.data / name, arguments, scratch=arguments.output / "scratch", last_rate=last_rate)
     minutes = (time.monotonic() - started) / 60
 
     model.half().save_pretrained(arguments.output)

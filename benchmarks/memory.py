@@ -1,0 +1,118 @@
+"""What a budget does to memory: stored bytes, resident memory, and the peak while a long prompt comes in.
+
+Each case runs in a process of its own, so that one does not find the memory of another.
+
+    python benchmarks/memory.py --output docs/tables/memory.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import pikv
+from pikv.policies import Importance, Pyramid, Recent, Uniform
+
+MODEL = pikv.ModelConfig(layers=8, query_heads=8, kv_heads=4, head_dim=128)
+BUDGET_TOKENS = 4096
+CASES = {
+    "everything kept": None,
+    "recent, uniform": (Recent(), Uniform()),
+    "importance, uniform": (Importance(), Uniform()),
+    "importance, pyramid": (Importance(), Pyramid()),
+}
+
+
+def resident_bytes(field: str) -> int:
+    """VmRSS (now) or VmHWM (the highest so far) of this process, from /proc."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split(f"{field}:")[1].split()[0])
+
+
+def fill(cache: pikv.PiKVCache, tokens: int, chunk: int) -> None:
+    """A prompt of random keys, values and queries, chunk by chunk, layer by layer."""
+    for start in range(0, tokens, chunk):
+        for layer_id in range(len(MODEL.layers)):
+            k, v = torch.randn(2, 1, 4, chunk, 128)
+            cache.update(layer_id, start, k, v)
+            cache.attend(layer_id, torch.randn(1, 8, chunk, 128))
+    cache.finish_prefill()
+
+
+def run_case(name: str, tokens: int, chunk: int) -> dict[str, int]:
+    """Fill a cache and read what it holds and what the process holds."""
+    torch.manual_seed(0)
+    parts = CASES[name]
+    if parts is None:
+        cache = pikv.compose(MODEL)
+    else:
+        cache = pikv.compose(MODEL, token_selector=parts[0], allocator=parts[1], budget_tokens=BUDGET_TOKENS)
+    warm = pikv.compose(MODEL)
+    fill(warm, chunk, chunk)
+    warm.reset()
+    before = resident_bytes("VmRSS")
+    fill(cache, tokens, chunk)
+    return {
+        "stored": cache.stored_bytes().total,
+        "resident": resident_bytes("VmRSS") - before,
+        "peak": resident_bytes("VmHWM") - before,
+    }
+
+
+def table(results: dict[str, dict[str, int]], arguments: argparse.Namespace) -> str:
+    """A Markdown table in MiB, and how much of the fall in stored bytes the process gave back."""
+    token_bytes = sum(layer.kv_heads * (layer.key_dim + layer.value_dim) * 4 for layer in MODEL.layers)
+    allowed = (BUDGET_TOKENS + arguments.chunk) * token_bytes
+    full = results["everything kept"]
+    lines = [
+        f"{len(MODEL.layers)} layers, 4 KV heads, head_dim 128, float32, page_size 64, tail_tokens 128; a prompt of "
+        f"{arguments.tokens} tokens in chunks of {arguments.chunk}, budget {BUDGET_TOKENS}. Budget and one chunk in "
+        f"the model's dtype are {allowed / 2**20:.0f} MiB. Resident memory is the process's, less what it held before.",
+        "",
+        f"    {shlex.join(['python', *sys.argv])}",
+        "",
+        "| composition | stored, MiB | resident, MiB | peak, MiB | peak over budget + chunk | fall given back |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, case in results.items():
+        mib = [case[key] / 2**20 for key in ("stored", "resident", "peak")]
+        over = back = ""
+        if CASES[name] is not None:
+            over = f"{(case['peak'] - allowed) / 2**20:+.0f}"
+            back = f"{(full['resident'] - case['resident']) / (full['stored'] - case['stored']):.1%}"
+        lines.append(f"| {name} | {mib[0]:.0f} | {mib[1]:.0f} | {mib[2]:.0f} | {over} | {back} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Run every case in its own process, and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, help="a Markdown file; the terminal alone by default")
+    parser.add_argument("--tokens", type=int, default=32_768)
+    parser.add_argument("--chunk", type=int, default=1024)
+    parser.add_argument("--case", choices=list(CASES), help="run this one here and print JSON")
+    arguments = parser.parse_args()
+    if arguments.case:
+        print(json.dumps(run_case(arguments.case, arguments.tokens, arguments.chunk)))
+        return
+    results = {}
+    for name in tqdm(CASES):
+        command = [sys.executable, __file__, "--case", name]
+        command += ["--tokens", str(arguments.tokens), "--chunk", str(arguments.chunk)]
+        results[name] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    text = table(results, arguments)
+    print(text)
+    if arguments.output:
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        arguments.output.write_text(text)
+
+
+if __name__ == "__main__":
+    main()

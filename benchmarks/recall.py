@@ -1,0 +1,195 @@
+"""How much a small model still recalls when its cache is cut, stored in fewer bits, or read in part.
+
+The model of downstream_tasks/models/tiny_moe reads a text in which `@QZ>482` lines are hidden, the cache is
+evicted and sealed, and only then come the questions, token by token: what was needed is not known when the cache is
+cut. A value counts if its every character is the most likely one. Texts are held out from training, and no part of
+PiKV was tuned on them.
+
+    python benchmarks/recall.py --output docs/tables/recall.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import attrs
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "downstream_tasks" / "llm" / "next_tok_pred")]  # they are scripts
+
+import generate_data  # noqa: E402  # found through the line above
+from mixtral import Mixtral  # noqa: E402  # likewise
+
+import pikv  # noqa: E402  # kept with the others
+from pikv.core.ports import AttendKernel, Backend, PageCodec, Pages  # noqa: E402
+from pikv.core.ports.transport import Solo  # noqa: E402
+from pikv.core.torch_backend import TorchBackend  # noqa: E402
+
+SEED = 77
+SELECTED = {"tail_tokens": 32, "page_size": 16, "allocator": "uniform"}
+COMPOSITIONS: dict[str, dict[str, Any]] = {
+    "exact": {},
+    "INT8": {"compressor": "int8", "tail_tokens": 32},
+    "INT4": {"compressor": "int4", "tail_tokens": 32},
+    "INT2": {"compressor": "int2", "tail_tokens": 32},
+    "recent, half": {**SELECTED, "token_selector": "recent", "budget_tokens": 1024},
+    "recent, quarter": {**SELECTED, "token_selector": "recent", "budget_tokens": 512},
+    "importance, half": {**SELECTED, "token_selector": "importance", "budget_tokens": 1024},
+    "importance, quarter": {**SELECTED, "token_selector": "importance", "budget_tokens": 512},
+    "importance, quarter, pyramid": {
+        **SELECTED,
+        "token_selector": "importance",
+        "budget_tokens": 512,
+        "allocator": "pyramid",
+    },
+    "importance, half, INT4": {
+        **SELECTED,
+        "token_selector": "importance",
+        "budget_tokens": 1024,
+        "compressor": "int4",
+    },
+}
+for _pages in (4, 8, 16, 32):
+    COMPOSITIONS[f"quest, {_pages} of 128 pages"] = {
+        "page_selector": {"name": "quest", "pages": _pages, "dense_layers": 0},
+        "page_size": 16,
+        "tail_tokens": 32,
+    }
+
+
+@attrs.define
+class Reads:
+    """What attention read of the sealed pages while questions were answered."""
+
+    nbytes: int = 0
+
+
+@attrs.frozen
+class CountingBackend(Backend):
+    """The torch backend, and how many bytes of live pages its kernels are given."""
+
+    reads: Reads = attrs.field(eq=False)
+
+    @property
+    def name(self) -> str:
+        """The name in `describe()`."""
+        return "torch, counted"
+
+    def attend(self, codec: PageCodec, device: torch.device) -> AttendKernel:
+        """The torch kernel, counted."""
+        kernel = TorchBackend().attend(codec, device)
+
+        def counted(query: Tensor, pages: Pages, *, oldest: Tensor | None = None) -> Any:
+            self.reads.nbytes += int((pages.live != 0).sum()) * codec.form.stride
+            return kernel(query, pages, oldest=oldest)
+
+        return counted
+
+
+@attrs.frozen
+class Result:
+    """Of one composition: the share recalled, and bytes a sequence."""
+
+    recalled: float
+    stored: float
+    read_a_token: float
+
+
+def batches(length: int, pairs: int, samples: int, batch: int) -> Iterator[list[generate_data.Sample]]:
+    """Samples of held-out text, a batch at a time; all have the same length."""
+    text = generate_data.standard_library(held_out=True)
+    rng = np.random.default_rng(SEED)
+    for _ in range(0, samples, batch):
+        yield [generate_data.recall_sample(text, rng, length=length, pairs=pairs) for _ in range(batch)]
+
+
+def answer(
+    model: Mixtral, cache: pikv.PiKVCache, batch: list[generate_data.Sample], chunk: int, reads: Reads
+) -> Result:
+    """Read the contexts, cut the cache, then ask token by token."""
+    ids = torch.from_numpy(np.stack([generate_data.token_ids(sample.text) for sample in batch])).long()
+    start = batch[0].question_start
+    for first in range(0, start, chunk):
+        model.step(ids[:, first : min(first + chunk, start)], first, cache)
+    cache.finish_prefill()
+    stored, reads.nbytes = cache.stored_bytes().total, 0
+    best = torch.full_like(ids, -1)  # best[:, i]: the most likely token at place i
+    for place in range(start, ids.shape[1] - 1):
+        best[:, place + 1] = model.step(ids[:, place : place + 1], place, cache).argmax(-1)
+    right = torch.stack([(best[:, span] == ids[:, span]).all(1) for span in batch[0].answers])
+    return Result(
+        recalled=float(right.double().mean()),
+        stored=stored / len(batch),
+        read_a_token=reads.nbytes / len(batch) / (ids.shape[1] - 1 - start),
+    )
+
+
+def measure(model: Mixtral, names: dict[str, Any], arguments: argparse.Namespace) -> Result:
+    """One composition on all samples."""
+    config = model.config
+    shape = pikv.ModelConfig(
+        layers=config.layers, query_heads=config.query_heads, kv_heads=config.kv_heads, head_dim=config.head_dim
+    )
+    reads = Reads()
+    runtime = attrs.evolve(pikv.runtime_from(names, shape), backends=[CountingBackend(reads)])
+    results = [
+        answer(model, pikv.PiKVCache(shape, runtime), batch, arguments.chunk, reads)
+        for batch in batches(arguments.length, arguments.pairs, arguments.samples, arguments.batch)
+    ]
+    return Result(*(float(np.mean(column)) for column in zip(*map(attrs.astuple, results), strict=True)))
+
+
+def table(results: dict[str, Result], arguments: argparse.Namespace) -> str:
+    """A Markdown table; bytes are shares of the exact cache's."""
+    exact = results["exact"]
+    lines = [
+        f"{arguments.pairs} pairs hidden in {arguments.length} characters, {arguments.samples} samples (seed {SEED}); "
+        f"the prompt in chunks of {arguments.chunk}. Stored: when the questions begin, tail, indexes and tables "
+        "included, as a share of the exact cache. Read: bytes of sealed pages given to attention for each token of the "
+        "questions, as a share of the exact cache's.",
+        "",
+        f"    {shlex.join(['python', *sys.argv])}",
+        "",
+        "| composition | page size | recalled, % | stored | read |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for name, result in results.items():
+        page_size = COMPOSITIONS[name].get("page_size", 64)
+        stored, read = result.stored / exact.stored, result.read_a_token / exact.read_a_token
+        lines.append(f"| {name} | {page_size} | {100 * result.recalled:.1f} | {stored:.3f} | {read:.3f} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Measure every composition and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=ROOT / "downstream_tasks" / "models" / "tiny_moe")
+    parser.add_argument("--output", type=Path, help="a Markdown file; the terminal alone by default")
+    parser.add_argument("--length", type=int, default=2048, help="characters of the text")
+    parser.add_argument("--pairs", type=int, default=8)
+    parser.add_argument("--samples", type=int, default=48)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--chunk", type=int, default=512, help="tokens of the prompt at a time")
+    parser.add_argument("--only", nargs="*", default=list(COMPOSITIONS), choices=list(COMPOSITIONS), metavar="NAME")
+    arguments = parser.parse_args()
+    model = Mixtral(arguments.model, Solo())
+    chosen = ["exact", *(name for name in arguments.only if name != "exact")]
+    results = {name: measure(model, COMPOSITIONS[name], arguments) for name in tqdm(chosen)}
+    text = table(results, arguments)
+    print(text)
+    if arguments.output:
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        arguments.output.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
