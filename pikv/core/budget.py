@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from pikv.core.ports import Allocator
 
 
-@attrs.frozen(kw_only=True)
+@attrs.define(kw_only=True)
 class Budget:
     """A mean of budget_tokens for each layer and KV head, shared out in whole pages by the allocator.
 
@@ -28,28 +28,41 @@ class Budget:
     tail_tokens: int
     page_size: int
     sinks: int
+    _shared_for: list[int] | None = attrs.field(default=None, init=False)
+    _shares: list[Tensor] = attrs.field(factory=list, init=False)
 
-    def tokens(self, layer_id: int, seen: Tensor, scores: Tensor | None = None) -> Tensor:
+    def tokens(self, layer_id: int, seen: Tensor) -> Tensor:
         """The tokens that each row of a layer may keep: int64 [sequences, kv_heads].
 
         seen: int64 [sequences], the tokens offered so far. A row never needs more pages than hold what it has seen;
-        what it leaves goes to the others, where the allocator says.
+        what it leaves goes to the others, where the allocator says. Shared out anew only when a sequence has come to
+        need another page, and never once none is short of what it could get.
         """
         in_tail = self.tail_tokens + (self.budget_tokens - self.tail_tokens) % self.page_size
-        request = self._request(seen, in_tail)
-        pages = self.allocator.layers(request)[:, layer_id]
-        heads = self.allocator.heads(request, layer_id, pages, scores)
-        return heads[:, : self.model.layers[layer_id].kv_heads] * self.page_size + in_tail
+        heads = [layer.kv_heads for layer in self.model.layers]
+        total = (self.budget_tokens - in_tail) // self.page_size * sum(heads)
+        needed = (-(-(seen - in_tail).clamp(min=0) // self.page_size)).clamp(max=total)
+        if needed.tolist() != self._shared_for:
+            request = self._request(needed, total, in_tail)
+            pages = self.allocator.layers(request)
+            split = [self.allocator.heads(request, layer, pages[:, layer], None) for layer in range(len(heads))]
+            self._shares = [
+                share[:, :count] * self.page_size + in_tail for share, count in zip(split, heads, strict=True)
+            ]
+            self._shared_for = needed.tolist()
+        return self._shares[layer_id]
 
-    def _request(self, seen: Tensor, in_tail: int) -> AllocationRequest:
+    def _request(self, needed: Tensor, total: int, in_tail: int) -> AllocationRequest:
+        """needed: int64 [sequences], the pages that hold all that a row without a window has seen."""
         heads = [layer.kv_heads for layer in self.model.layers]
         widest = max(heads)
         exists = torch.tensor([head < count for count in heads for head in range(widest)]).view(len(heads), widest)
-        windows = torch.tensor([layer.window or torch.iinfo(torch.int64).max for layer in self.model.layers])
-        beyond = (torch.minimum(seen[:, None], windows) - in_tail).clamp(min=0)  # [sequences, layers]
-        ceiling = (-(-beyond // self.page_size))[..., None] * exists
-        floor = ceiling.clamp(max=-(-self.sinks // self.page_size))
-        total = (self.budget_tokens - in_tail) // self.page_size * sum(heads)
+        windows = [layer.window for layer in self.model.layers]
+        within = [total if window is None else max(0, -(-(window - in_tail) // self.page_size)) for window in windows]
+        ceiling = torch.minimum(needed[:, None], torch.tensor(within))[..., None] * exists
         return AllocationRequest(
-            budget_pages=torch.full_like(seen, total), floor=floor, ceiling=ceiling, page_size=self.page_size
+            budget_pages=torch.full_like(needed, total),
+            floor=ceiling.clamp(max=-(-self.sinks // self.page_size)),
+            ceiling=ceiling,
+            page_size=self.page_size,
         )

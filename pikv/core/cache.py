@@ -82,7 +82,8 @@ class PiKVCache:
             self.finish_prefill()
         elif k.shape[2] > 1:
             self._prefilling = True
-        self._settle(layer)
+        if not layer.settled:
+            self._settle(layer)
         self._layers[layer_id] = layer
         layer.append(k, v, positions, self._stored_here(positions))
 
@@ -126,7 +127,8 @@ class PiKVCache:
             output = output.masked_fill(padding[:, None, :, None].to(output.device), 0)
         selector = self.runtime.token_selector
         layer.ask(q, selector.window if isinstance(selector, QueryTokenSelector) else None)
-        self._settle(layer)
+        if not layer.settled:
+            self._settle(layer)
         return output
 
     def _merged(self, partial: Partial) -> Partial:
@@ -143,33 +145,40 @@ class PiKVCache:
         return self._read_layer(layer_id).context()
 
     def finish_prefill(self) -> None:
-        """Settle what the prompt left: evict to budget and seal. Runs by itself at the first update of one token."""
-        if not self._prefilling:
-            return
-        self._prefilling = False
-        try:
-            for layer in self._layers.values():
-                layer.settled = False
-                self._settle(layer)
-        except BaseException:
-            self._prefilling = True
-            raise
+        """Settle what the prompt left: evict to budget and seal. Runs by itself at the first update of one token.
 
-    def _settle(self, layer: LayerCache) -> None:
-        if layer.settled:
-            return
+        Raises PoolFullError if the pages of all layers do not fit, nothing changed.
+        """
+        if self._prefilling:
+            self._prefilling = False
+            try:
+                self._settle(*self._layers.values())
+            except BaseException:
+                self._prefilling = True
+                raise
+
+    def _settle(self, *layers: LayerCache) -> None:
+        """Evict to budget, slide windows and seal in these layers: in all of them, or in none if the pool is full."""
         runtime = self.runtime
         holds = self._budget is not None and self._prefilling  # survivors of a prompt wait in the tail, exact
-        settling.settle(
-            layer,
-            selector=runtime.token_selector,
-            budget_tokens=None if self._budget is None else self._budget.tokens(layer.layer_id, layer.seen),
-            tail_tokens=None if holds else runtime.tail_tokens,
-            page_selector=runtime.page_selector,
-            when_full=runtime.when_full,
+        decided = (
+            settling.decide(
+                layer,
+                selector=runtime.token_selector,
+                budget_tokens=None if self._budget is None else self._budget.tokens(layer.layer_id, layer.seen),
+                tail_tokens=None if holds else runtime.tail_tokens,
+            )
+            for layer in layers
         )
-        if not holds:
-            layer.tail.shrink(runtime.tail_tokens + 2 * runtime.page_size)
+        decisions = [decision for decision in decided if decision is not None]
+        with self.pool.locked():
+            settling.make_room(decisions, runtime.when_full)
+            for decision in decisions:
+                settling.carry_out(decision, runtime.page_selector)
+        for layer in layers:
+            layer.settled = True
+            if not holds:
+                layer.tail.shrink(runtime.tail_tokens + 2 * runtime.page_size)
 
     def _read_layer(self, layer_id: int) -> LayerCache:
         checks.layer(self.model, layer_id)
@@ -228,8 +237,7 @@ class PiKVCache:
                 "join between steps, when every layer has been updated"
             )
         for cache in (self, other):
-            for layer in cache._layers.values():
-                cache._settle(layer)
+            cache._settle(*(layer for layer in cache._layers.values() if not layer.settled))
         for layer_id, theirs in other._layers.items():
             ours = self._layers.get(layer_id)
             parts = [theirs] if ours is None else [ours, theirs]

@@ -1,6 +1,6 @@
 """What happens to a layer after it has been read: windows slide, budgets are kept, full pages are sealed.
 
-What leaves is decided first, then new pages are encoded and room is made in the pool, and only then anything changes:
+What leaves is decided first, then room is made in the pool and new pages are encoded, and only then anything changes:
 whatever raises leaves the layer as it was.
 """
 
@@ -20,50 +20,88 @@ from pikv.core.tables import ABSENT
 from pikv.core.tail import EMPTY
 
 
-@attrs.define
-class _Kept:
-    """What stays: pages bool [sequences, kv_heads, pages], tail tokens bool [sequences, kv_heads, width]."""
+@attrs.define(kw_only=True)
+class Decision:
+    """What settling will do to a layer.
 
+    pages: bool [sequences, kv_heads, pages], tail: bool [sequences, kv_heads, width], both what stays, on the CPU.
+    seals: int64 [sequences, kv_heads], how many pages the oldest of the staying tail tokens will fill.
+    """
+
+    layer: LayerCache
     pages: Tensor
     tail: Tensor
+    seals: Tensor
 
-    @classmethod
-    def all_of(cls, layer: LayerCache) -> _Kept:
-        return cls(
-            layer.table.ids[..., : layer.table.width] != ABSENT,
-            layer.tail.positions[..., : layer.tail.width].cpu() != EMPTY,
-        )
+    @property
+    def missing_bytes(self) -> int:
+        """By how much the layer's pages will grow; negative if they shrink."""
+        table, pool = self.layer.table, self.layer.pool
+        ids = table.ids[..., : table.width]
+        freed = pool.freed_by(ids[~self.pages & (ids != ABSENT)])
+        return (int(self.seals.sum()) - freed) * self.layer.codec.form.stride
 
 
-def settle(
-    layer: LayerCache,
-    *,
-    selector: TokenSelector,
-    budget_tokens: Tensor | None,
-    tail_tokens: int | None,
-    page_selector: PageSelector | None,
-    when_full: FullPool,
-) -> None:
+def decide(
+    layer: LayerCache, *, selector: TokenSelector, budget_tokens: Tensor | None, tail_tokens: int | None
+) -> Decision | None:
     """Slide the layer's window, evict to budget_tokens int64 [sequences, kv_heads], seal all but tail_tokens.
 
-    budget_tokens: None evicts nothing. tail_tokens: None seals nothing. Raises PoolFullError, nothing changed.
+    budget_tokens: None evicts nothing. tail_tokens: None seals nothing. Changes nothing. Returns None if there is
+    nothing to do, as at most decoded tokens; what it costs to find that out does not grow with the context.
     """
     over = budget_tokens is not None and bool((occupied_tokens(layer) > budget_tokens).any())
-    if layer.config.window is not None or over or _pages_to_seal(layer.tail.lengths, layer, tail_tokens).any():
-        kept = _Kept.all_of(layer)
-        _slide(layer, kept)
-        if over and budget_tokens is not None:
-            _check_asked(layer, selector)
-            _evict(layer, kept, selector, budget_tokens)
-        counts = _pages_to_seal(kept.tail.sum(-1), layer, tail_tokens)
-        sealed = sealing.encode(layer, kept.tail, counts, page_selector) if bool(counts.any()) else None
-        with layer.pool.locked():
-            _make_room(layer, kept, int(counts.sum()), when_full)
-            _drop(layer, kept)
-            if sealed is not None:
-                sealing.store(layer, sealed)
-            _forget(layer)
-    layer.settled = True
+    seals = tail_tokens is not None and bool((layer.tail.lengths >= tail_tokens + layer.page_size).any())
+    if not over and not seals and layer.config.window is None:
+        return None
+    decision = Decision(
+        layer=layer,
+        pages=layer.table.ids[..., : layer.table.width] != ABSENT,
+        tail=layer.tail.positions[..., : layer.tail.width].cpu() != EMPTY,
+        seals=torch.zeros_like(layer.tail.lengths),
+    )
+    _slide(decision)
+    if over and budget_tokens is not None:
+        _check_asked(layer, selector)
+        _evict(decision, selector, budget_tokens)
+    if tail_tokens is not None:
+        decision.seals = ((decision.tail.sum(-1) - tail_tokens) // layer.page_size).clamp(min=0)
+    return decision
+
+
+def make_room(decisions: list[Decision], when_full: FullPool) -> None:
+    """See that the pool will have room for all decisions; when_full may give up more of a layer's pages.
+
+    Raises PoolFullError. The pool is locked by the caller, so that the room is still there when they are carried out.
+    """
+    taken = 0
+    for decision in decisions:
+        layer, pool = decision.layer, decision.layer.pool
+        newest, stride = layer.table.newest[..., : layer.table.width], layer.codec.form.stride
+        # Again if pages left that another cache holds too, which frees nothing.
+        while (short := pool.used_bytes + taken + decision.missing_bytes - pool.capacity_bytes) > 0:
+            leaving = when_full.leaving(newest.masked_fill(~decision.pages, ABSENT), -(-short // stride))
+            if leaving is None:
+                raise PoolFullError(
+                    f"pool: layer {layer.layer_id} must seal {int(decision.seals.sum())} pages of {stride} bytes and "
+                    f"{short} bytes are missing in capacity_bytes={pool.capacity_bytes} ({type(when_full).__name__}); "
+                    "raise it, give the layers a budget_tokens, drop sequences, or compose when_full=EvictOldest()"
+                )
+            decision.pages = decision.pages & ~leaving
+        taken += decision.missing_bytes
+
+
+def carry_out(decision: Decision, page_selector: PageSelector | None) -> None:
+    """Encode, then change the layer. What raises leaves it as it was."""
+    layer = decision.layer
+    seals = bool(decision.seals.any())
+    sealed = sealing.encode(layer, decision.tail, decision.seals, page_selector) if seals else None
+    layer.keep_pages(decision.pages)
+    if not bool(decision.tail.all()):
+        layer.tail.keep(decision.tail.to(layer.tail.keys.device))
+    if sealed is not None:
+        sealing.store(layer, sealed)
+    _forget(layer)
 
 
 def _check_asked(layer: LayerCache, selector: TokenSelector) -> None:
@@ -80,30 +118,22 @@ def occupied_tokens(layer: LayerCache) -> Tensor:
     return layer.table.counts * layer.page_size + layer.tail.lengths
 
 
-def _pages_to_seal(lengths: Tensor, layer: LayerCache, tail_tokens: int | None) -> Tensor:
-    """The whole pages that lie beyond the newest tail_tokens of each row."""
-    if tail_tokens is None:
-        return torch.zeros_like(lengths)
-    return ((lengths - tail_tokens) // layer.page_size).clamp(min=0)
-
-
-def _slide(layer: LayerCache, kept: _Kept) -> None:
+def _slide(decision: Decision) -> None:
     """Leave out the pages that no later query sees, and the tail tokens once they would fill a page."""
-    bound = layer.unseen_from_now_on()
+    layer, bound = decision.layer, decision.layer.unseen_from_now_on()
     if bound is None:
         return
-    kept.pages &= layer.table.newest[..., : layer.table.width] > bound[:, None, None]
-    stale = kept.tail & (layer.tail.positions[..., : layer.tail.width].cpu() <= bound[:, None, None])
+    decision.pages &= layer.table.newest[..., : layer.table.width] > bound[:, None, None]
+    stale = decision.tail & (layer.tail.positions[..., : layer.tail.width].cpu() <= bound[:, None, None])
     if stale.numel() and int(stale.sum(-1).amax()) >= layer.page_size:
-        kept.tail &= ~stale
+        decision.tail &= ~stale
 
 
-def _evict(layer: LayerCache, kept: _Kept, selector: TokenSelector, budget_tokens: Tensor) -> None:
+def _evict(decision: Decision, selector: TokenSelector, budget_tokens: Tensor) -> None:
     """Leave out what scores lowest until each row is within its budget."""
-    view = layer.view()
-    present = view.positions != EMPTY
-    slots = kept.pages.repeat_interleave(layer.page_size, dim=-1)
-    present &= torch.cat([slots, kept.tail], dim=-1).to(present.device)
+    layer, view = decision.layer, decision.layer.view()
+    slots = decision.pages.repeat_interleave(layer.page_size, dim=-1)
+    present = (view.positions != EMPTY) & torch.cat([slots, decision.tail], dim=-1).to(view.positions.device)
     age = present.flip(-1).cumsum(-1).flip(-1)  # 1 for the newest present token, 2 for the one before
     first = (layer.first + selector.sinks)[:, None, None].to(present.device)
     candidates = Candidates(
@@ -113,35 +143,7 @@ def _evict(layer: LayerCache, kept: _Kept, selector: TokenSelector, budget_token
         pages=layer.table.width,
         page_size=layer.page_size,
     )
-    kept.pages, kept.tail = (chosen.cpu() for chosen in choose(candidates, budget_tokens))
-
-
-def _make_room(layer: LayerCache, kept: _Kept, count: int, when_full: FullPool) -> None:
-    """Raise unless the pool will have room for `count` pages; when_full may give up more of the layer's pages."""
-    pool, form = layer.pool, layer.codec.form
-    ids, newest = (states[..., : layer.table.width] for states in (layer.table.ids, layer.table.newest))
-
-    def missing() -> int:
-        return count - pool.free_pages(form) - pool.freed_by(ids[~kept.pages & (ids != ABSENT)])
-
-    if missing() <= 0:
-        return
-    leaving = when_full.leaving(newest.masked_fill(~kept.pages, ABSENT), missing())
-    if leaving is not None:
-        kept.pages = kept.pages & ~leaving
-    if missing() > 0:
-        raise PoolFullError(
-            f"pool: layer {layer.layer_id} must seal {count} pages of {form.stride} bytes and {missing()} of them do "
-            f"not fit in capacity_bytes={pool.capacity_bytes} ({type(when_full).__name__}); raise it, give the layers "
-            "a budget_tokens, drop sequences, or compose when_full=EvictOldest()"
-        )
-
-
-def _drop(layer: LayerCache, kept: _Kept) -> None:
-    """Let go of what is not kept."""
-    layer.keep_pages(kept.pages)
-    if not bool(kept.tail.all()):
-        layer.tail.keep(kept.tail.to(layer.tail.keys.device))
+    decision.pages, decision.tail = (kept.cpu() for kept in choose(candidates, budget_tokens))
 
 
 def _forget(layer: LayerCache) -> None:

@@ -8,6 +8,7 @@ import attrs
 import torch
 from torch import Tensor
 
+from pikv.core.errors import ConfigError
 from pikv.core.ports import FullPool
 
 
@@ -20,6 +21,10 @@ class EvictOldest(FullPool):
     """
 
     first_pages: int = 1
+
+    def __attrs_post_init__(self) -> None:
+        if self.first_pages < 0:
+            raise ConfigError(f"first_pages must not be negative, got {self.first_pages!r}")
 
     def leaving(self, newest: Tensor, pages_needed: int) -> Tensor | None:
         """The pages with the oldest tokens; None if there are too few."""

@@ -24,5 +24,6 @@ class Allocator(abc.ABC):
     def heads(self, request: AllocationRequest, layer_id: int, pages: Tensor, scores: Tensor | None) -> Tensor:
         """Split the pages [sequences] of one layer among its heads: int64 [sequences, kv_heads].
 
+        The request's kv_heads are those of the widest layer; a layer with fewer heads has a ceiling of 0 for the rest.
         scores: [sequences, kv_heads, tokens] of the token selector, or None where it gave none.
         """

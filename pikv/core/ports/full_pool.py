@@ -12,7 +12,7 @@ class FullPool(abc.ABC):
 
     @abc.abstractmethod
     def leaving(self, newest: Tensor, pages_needed: int) -> Tensor | None:
-        """Choose at least `pages_needed` pages of the layer, or None to refuse.
+        """Choose at least `pages_needed` pages of the layer, which is positive, or None to refuse.
 
         newest: int64 [sequences, kv_heads, pages], the newest position in each sealed page, -1 where there is no
         page. Returns bool of the same shape.
