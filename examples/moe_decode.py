@@ -35,7 +35,7 @@ import pikv
 from pikv.core.ports.transport import Solo, Transport
 
 MODEL = Path(__file__).parents[1] / "downstream_tasks" / "models" / "tiny_moe"
-PAIRS = {"BQ": "731", "QZ": "482", "MF": "059", "WJ": "266"}  # hidden in the default prompt
+PAIRS = {"B": "73", "Q": "48", "m": "05", "W": "26"}  # hidden in the default prompt
 COMPOSED = ("allocator", "budget_tokens", "token_selector", "page_selector", "compressor", "tail_tokens", "page_size")
 LAUNCHED = ("PMI_SIZE", "PMIX_RANK", "OMPI_COMM_WORLD_SIZE")  # what mpirun of MPICH, of PMIx, of Open MPI sets
 
@@ -46,8 +46,8 @@ def default_prompt() -> str:
     """Some source of the standard library with pairs hidden in it, about 1500 characters, then the question for one."""
     rows = inspect.getsource(textwrap)[:1440].split("\n")
     for number, (key, value) in enumerate(PAIRS.items()):
-        rows.insert(3 + 7 * number, f"@{key}>{value}")
-    return "\n".join(rows) + "\n@QZ>"
+        rows.insert(3 + 7 * number, f"@{key}={value}")
+    return "\n".join(rows) + "\n@Q="
 
 
 class Parser(argparse.ArgumentParser):
@@ -70,7 +70,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     raw = argparse.RawDescriptionHelpFormatter
     parser = Parser(prog="moe_decode.py", description=__doc__, formatter_class=raw, allow_abbrev=False)
     prompts = parser.add_mutually_exclusive_group()
-    prompts.add_argument("--prompt", help="text to go on from (default: code that hides lines such as `@QZ>482`)")
+    prompts.add_argument("--prompt", help="text to go on from (default: code that hides lines such as `@Q=48`)")
     prompts.add_argument("--prompt-file", type=Path, help="a file with that text, UTF-8")
     parser.add_argument("--model", type=Path, default=MODEL, help="a folder in Mixtral's format, with tokenizer.json")
     parser.add_argument("--tokens", type=count, default=200, help="how many to decode (default: 200)")

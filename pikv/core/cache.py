@@ -18,6 +18,7 @@ from pikv.core.pool import PagePool
 from pikv.core.ports.selector import QueryTokenSelector
 from pikv.core.reports import Description, StoredBytes
 from pikv.core.serving import describe, serve
+from pikv.core.slab import trim
 from pikv.core.views import ContextKV
 
 
@@ -179,6 +180,9 @@ class PiKVCache:
             layer.settled = True
             if not holds:
                 layer.tail.shrink(runtime.tail_tokens + 2 * runtime.page_size)
+        of_prompt = decisions and decisions[-1].layer.queried.shape[1] > 1
+        if of_prompt and self._budget is not None and decisions[-1].layer.layer_id == len(self.model.layers) - 1:
+            trim()  # once for each chunk, when it has gone through all layers
 
     def _read_layer(self, layer_id: int) -> LayerCache:
         checks.layer(self.model, layer_id)
@@ -256,7 +260,7 @@ class PiKVCache:
             window = layer.config.window
             if window is None:
                 continue
-            missed = layer.forgotten > (end - window).clamp(min=-1)
+            missed = torch.minimum(layer.forgotten, end - 1) > (end - window).clamp(min=-1)
             if bool((missed & (end <= layer.last)).any()):
                 raise StateError(
                     f"layer {layer.layer_id}: its window of {window} has dropped tokens up to positions "

@@ -13,7 +13,7 @@ from pikv.core.ports.selector import PageSelector
 from pikv.core.selection import best_pages
 from pikv.core.tail import EMPTY
 
-SCORES_AT_ONCE = 1 << 22  # entries of the score matrix that a prompt's attention holds at a time
+SCORES_AT_ONCE = 1 << 21  # entries of the score matrix that a prompt's attention holds at a time
 
 
 def attend(layer: LayerCache, query: Tensor, positions: Tensor, page_selector: PageSelector | None) -> Partial:

@@ -1,11 +1,14 @@
-"""Near memory for pages: a slab of rows, and which of them are free."""
+"""Near memory: taken from the system and given back to it, a slab of rows, and which of them are free."""
 
 from __future__ import annotations
 
 import bisect
+import ctypes
+import math
 import mmap
 import os
 import sys
+from collections.abc import Sequence
 
 import attrs
 import torch
@@ -14,12 +17,37 @@ from torch import Tensor
 from pikv.core.errors import ConfigError
 
 _LINUX = sys.platform == "linux"
+_LARGE_BYTES = 1 << 18
 _MAP_NORESERVE = 0x4000  # of Linux; the mmap module names it from Python 3.13 on
 
 
 def physical_memory_bytes() -> int:
     """The main memory of this machine in bytes."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def empty(shape: Sequence[int], like: Tensor) -> Tensor:
+    """A tensor of like's dtype and device whose memory goes back to the system with it.
+
+    The C library keeps what it has freed for itself, up to tens of MiB a piece: a cache that shrinks would still
+    weigh on the machine.
+    """
+    nbytes = math.prod(shape) * like.itemsize
+    if not _LINUX or like.device.type != "cpu" or nbytes < _LARGE_BYTES:
+        return like.new_empty(*shape)
+    return torch.frombuffer(mmap.mmap(-1, nbytes), dtype=like.dtype).view(*shape)
+
+
+def trim() -> None:
+    """Ask the C library to give back what the process has freed; elsewhere than on Linux, nothing.
+
+    It keeps large freed blocks to use them again, and between them what attention needed for a moment: after a long
+    prompt that is more than the cache itself. Takes milliseconds, so it is for the end of a chunk and not for a token.
+    """
+    if _LINUX:
+        trim_heap = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it, other C libraries may not
+        if trim_heap is not None:
+            trim_heap(0)
 
 
 class HostSlab:

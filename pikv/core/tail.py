@@ -6,7 +6,10 @@ import attrs
 import torch
 from torch import Tensor
 
+from pikv.core.slab import empty
+
 EMPTY = -1
+SLOTS_AT_ONCE = 512  # moved at a time, so that moving needs little memory for itself
 
 
 @attrs.define
@@ -83,8 +86,13 @@ class Tail:
         kept = kept & (self.positions[..., :width] != EMPTY)
         self.lengths = kept.sum(-1).cpu()
         order = kept.logical_not().int().sort(dim=-1, stable=True).indices[..., : self.width]
-        for tensor in (self.keys, self.values):
-            tensor[:, :, : self.width] = tensor.gather(2, order[..., None].expand(-1, -1, -1, tensor.shape[-1]))
+        for start in range(0, self.width, SLOTS_AT_ONCE):  # in place: a token never moves back, so none is overwritten
+            block = slice(start, start + SLOTS_AT_ONCE)
+            source = order[..., block, None]
+            for tensor in (self.keys, self.values):
+                tensor[:, :, start : start + source.shape[2]] = tensor.gather(
+                    2, source.expand(-1, -1, -1, tensor.shape[-1])
+                )
         self._settle_positions(self.positions.gather(2, order), width)
 
     def drop_oldest(self, tokens: int) -> None:
@@ -115,7 +123,7 @@ class Tail:
         width = self.width
         for name, fill in (("keys", 0), ("values", 0), ("positions", EMPTY)):
             old: Tensor = getattr(self, name)
-            new = old.new_empty(*old.shape[:2], capacity, *old.shape[3:])
+            new = empty((*old.shape[:2], capacity, *old.shape[3:]), like=old)
             new[:, :, :width] = old[:, :, :width]
             new[:, :, width:] = fill
             setattr(self, name, new)

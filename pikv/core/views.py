@@ -53,9 +53,9 @@ class TokenView:
                 "this view has no queries: only a QueryTokenSelector is shown the newest ones; derive from it and give "
                 "it a window"
             )
-        grouped = self.queries.unflatten(1, (-1, self.layer.group))
-        keys = self.keys[:, :, None]
-        scores = attention.score(grouped, keys, scale=self.layer.scale, softcap=self.layer.softcap)
+        grouped = self.queries.unflatten(1, (-1, self.layer.group))  # [sequences, kv_heads, group, window, key_dim]
+        folded = attention.score(grouped.flatten(2, 3), self.keys, scale=self.layer.scale, softcap=self.layer.softcap)
+        scores = folded.unflatten(2, grouped.shape[2:4])
         held, asked = self.positions[:, :, None, None, :], self.asked[:, None, None, :, None].to(self.positions.device)
         seen = (held >= 0) & (held <= asked)
         if self.layer.window is not None:

@@ -30,13 +30,13 @@ def test_a_sample_hides_pairs_and_asks_for_each(text: str) -> None:
     assert len(lines) == len(set(lines)) == len(sample.answers) == 9
     for line, span in zip(lines, sample.answers, strict=True):
         assert context.count(line) == 1
-        assert sample.text[span] == line.split(">")[1]
+        assert sample.text[span] == line.split("=")[1]
 
 
 def test_too_many_pairs_are_refused(text: str) -> None:
     """Pairs that do not fit are an error that says how many characters they need."""
-    with pytest.raises(ValueError, match="9 pairs need more than 60 characters"):
-        generate_data.recall_sample(text, np.random.default_rng(1), length=60, pairs=9)
+    with pytest.raises(ValueError, match="9 pairs need more than 50 characters"):
+        generate_data.recall_sample(text, np.random.default_rng(1), length=50, pairs=9)
 
 
 def test_rows_mark_their_answers(text: str) -> None:
@@ -46,7 +46,7 @@ def test_rows_mark_their_answers(text: str) -> None:
     assert ids.shape == answers.shape == (6, 400)
     digits = generate_data.token_ids("0123456789")
     assert np.isin(ids[answers], digits).all()
-    assert ((answers.sum(1) % 3 == 0) & (answers.sum(1) >= 6)).all()
+    assert ((answers.sum(1) % 2 == 0) & (answers.sum(1) >= 4)).all()
 
 
 def test_held_out_files_are_not_trained_on(text: str) -> None:

@@ -1,6 +1,6 @@
 """Make text and recall data for a small language model, from text that every machine has.
 
-The text is the Python standard library's source. A recall sample hides lines such as `@QZ>482` in it, and ends
+The text is the Python standard library's source. A recall sample hides lines such as `@Q=48` in it, and ends
 by repeating them in another order: whoever still holds the first occurrence can write the values.
 
     python downstream_tasks/llm/next_tok_pred/generate_data.py --output /tmp/tiny_data
@@ -22,7 +22,8 @@ from tqdm import tqdm
 SPECIALS = ("<pad>", "<s>", "</s>", "<unk>")
 CHARACTERS = "\n" + string.digits + string.ascii_letters + string.punctuation + " "
 VOCABULARY = 112  # specials and characters, rounded up to a multiple of 16
-_KEY_LETTERS, _VALUE_DIGITS = 2, 3
+_VALUE_DIGITS = 2
+_KEYS = string.ascii_letters  # a sample hides each at most once
 
 
 @attrs.frozen
@@ -35,12 +36,13 @@ class Stage:
 
 
 CURRICULUM = (
-    Stage(length=160, pairs=(4, 8), samples=70_000),
-    Stage(length=320, pairs=(6, 14), samples=20_000),
-    Stage(length=640, pairs=(6, 20), samples=10_000),
-    Stage(length=1280, pairs=(6, 28), samples=5_000),
-    Stage(length=2304, pairs=(6, 32), samples=3_000),
-    Stage(length=4352, pairs=(6, 36), samples=400),
+    Stage(length=128, pairs=(8, 10), samples=100_000),  # hardly any text: looking a key up is learned first
+    Stage(length=192, pairs=(6, 12), samples=20_000),
+    Stage(length=384, pairs=(6, 20), samples=10_000),
+    Stage(length=768, pairs=(6, 32), samples=6_000),
+    Stage(length=1536, pairs=(6, 36), samples=3_000),
+    Stage(length=2560, pairs=(6, 40), samples=1_600),
+    Stage(length=4352, pairs=(6, 40), samples=160),
 )
 
 
@@ -81,15 +83,12 @@ class Sample:
     @property
     def question_start(self) -> int:
         """The index of the first repeated line; what comes before is the context."""
-        return self.answers[0].start - len("@" + "K" * _KEY_LETTERS + ">")
+        return self.answers[0].start - len("@Q=")
 
 
 def _pairs(rng: np.random.Generator, count: int) -> list[str]:
-    letters = np.array(list(string.ascii_uppercase))
-    keys: set[str] = set()
-    while len(keys) < count:
-        keys.add("".join(rng.choice(letters, _KEY_LETTERS)))
-    return [f"@{key}>{rng.integers(10**_VALUE_DIGITS):0{_VALUE_DIGITS}d}\n" for key in sorted(keys)]
+    keys = rng.choice(list(_KEYS), count, replace=False)
+    return [f"@{key}={rng.integers(10**_VALUE_DIGITS):0{_VALUE_DIGITS}d}\n" for key in keys]
 
 
 def recall_sample(text: str, rng: np.random.Generator, *, length: int, pairs: int) -> Sample:
@@ -98,9 +97,8 @@ def recall_sample(text: str, rng: np.random.Generator, *, length: int, pairs: in
     `length` counts the context in characters, pairs included; the repeated lines come after it.
     """
     lines = _pairs(rng, pairs)
-    rng.shuffle(lines)
     passage_length = length - len("".join(lines)) - 1
-    if passage_length < pairs:
+    if passage_length < 1:
         raise ValueError(f"{pairs} pairs need more than {length} characters; raise length or hide fewer")
     start = int(rng.integers(len(text) - passage_length))
     rows = text[start : start + passage_length].split("\n")

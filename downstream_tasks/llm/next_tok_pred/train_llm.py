@@ -3,8 +3,8 @@
     python downstream_tasks/llm/next_tok_pred/generate_data.py --output /tmp/tiny_data
     python downstream_tasks/llm/next_tok_pred/train_llm.py --data /tmp/tiny_data --output /tmp/tiny_moe
 
-The curriculum's stages are trained one after another, each with its own cosine schedule; only the last ends at 0. The
-few characters that answer questions weigh as much as all of the text.
+The curriculum's stages are trained one after another; each ends early once it is learned, and is saved, so that a run
+that was cut off goes on after it. The few characters that answer questions weigh as much as all of the text.
 """
 
 from __future__ import annotations
@@ -26,12 +26,14 @@ from transformers import (
     MixtralForCausalLM,
     PreTrainedTokenizerFast,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
     set_seed,
 )
 
 IGNORED = -100  # the label that transformers leaves out of a loss
 EVALUATION_SEED = 1_000_003
+CHECKED_STEPS, ENOUGH_RECALL = 100, 0.985  # how often a stage is checked, and when it is learned
 BATCH_LENGTH = 256  # characters: --batch_size counts samples of this length, so a step's tokens stay the same
 
 
@@ -145,34 +147,49 @@ def report(model: MixtralForCausalLM, *, samples: int) -> dict[str, float]:
     return measures
 
 
+class StopWhenRecalled(TrainerCallback):
+    """End a stage early once nearly all of its held-out pairs are recalled."""
+
+    def __init__(self, length: int) -> None:
+        self.length, self.pairs = length, max(8, length // 128)
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        """Check every so often, and after the last step."""
+        if state.global_step % CHECKED_STEPS == 0 or state.global_step == state.max_steps:
+            model.eval()
+            accuracy = recall_accuracy(model, length=self.length, pairs=self.pairs, samples=10)
+            model.train()
+            print(
+                f"step {state.global_step}: recall of {self.pairs} pairs in {self.length} is {accuracy:.1%}", flush=True
+            )
+            control.should_training_stop |= accuracy >= ENOUGH_RECALL
+
+
 def train_stage(
-    model: MixtralForCausalLM, file: Path, arguments: argparse.Namespace, *, scratch: Path, last_rate: float
+    model: MixtralForCausalLM, file: Path, arguments: argparse.Namespace, *, scratch: Path, last: bool
 ) -> None:
-    """Train one stage, down to last_rate of the learning rate; every stage has the same number of tokens a step."""
+    """Train one stage, of a constant learning rate unless it is the last; all have the same tokens a step."""
     rows = StageRows(file)
+    length = rows.ids.shape[1]
     settings = TrainingArguments(
         output_dir=str(scratch),
-        per_device_train_batch_size=max(1, arguments.batch_size * BATCH_LENGTH // rows.ids.shape[1]),
+        per_device_train_batch_size=max(1, arguments.batch_size * BATCH_LENGTH // length),
         learning_rate=arguments.learning_rate,
         num_train_epochs=arguments.num_epochs,
-        lr_scheduler_type="cosine_with_min_lr",
-        lr_scheduler_kwargs={"min_lr_rate": last_rate},
+        lr_scheduler_type="cosine" if last else "constant_with_warmup",
         warmup_steps=50,
         weight_decay=0.01,
         adam_beta2=0.98,
         max_grad_norm=1.0,
-        logging_steps=20,
+        logging_steps=50,
         save_strategy="no",
         report_to=[],
         seed=arguments.seed,
         use_cpu=not torch.cuda.is_available(),
     )
-    Trainer(model, settings, train_dataset=rows, compute_loss_func=text_and_answers).train()
-    model.eval()
-    length = rows.ids.shape[1]
-    pairs = max(4, length // 128)
-    accuracy = recall_accuracy(model, length=length, pairs=pairs, samples=20)
-    print(f"recall of {pairs} pairs in {length} characters: {accuracy:.1%}", flush=True)
+    callbacks = [] if last else [StopWhenRecalled(length)]
+    Trainer(model, settings, train_dataset=rows, compute_loss_func=text_and_answers, callbacks=callbacks).train()
+    model.save_pretrained(scratch / file.stem)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -202,13 +219,17 @@ def main() -> None:
     """Train, report, save."""
     arguments = parse_arguments()
     set_seed(arguments.seed)
-    model = new_model()
+    model, scratch = new_model(), arguments.output / "scratch"
     stages = json.loads((arguments.data / "curriculum.json").read_text())["stages"]
     started = time.monotonic()
     for name in stages:
+        finished = scratch / Path(name).stem
+        if (finished / "model.safetensors").is_file():
+            print(f"{name} was trained before: {finished}", flush=True)
+            model = MixtralForCausalLM.from_pretrained(finished)
+            continue
         print(name, flush=True)
-        last_rate = 0.0 if name == stages[-1] else 0.3
-        train_stage(model, arguments.data / name, arguments, scratch=arguments.output / "scratch", last_rate=last_rate)
+        train_stage(model, arguments.data / name, arguments, scratch=scratch, last=name == stages[-1])
     minutes = (time.monotonic() - started) / 60
 
     model.half().save_pretrained(arguments.output)
