@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from pikv.core.budget import Budget
 from pikv.core.config import ModelConfig, RuntimeConfig
 from pikv.core.errors import ConfigError, InputError, StateError
 from pikv.core.layer import LayerCache
+from pikv.core.modes import keeps_numbers
 from pikv.core.pool import PagePool
 from pikv.core.ports.selector import QueryTokenSelector
 from pikv.core.reports import Description, StoredBytes
@@ -43,10 +45,10 @@ class PiKVCache:
         self._budget = self._make_budget()
         self._served = serve(model, self.runtime)
         for served in self._served:
-            self.pool.slab(served.codec.form)  # refuses a pool that was made for another model or runtime
+            self.pool.check_serves(served.codec, self.runtime.page_selector)
         self._layers: dict[int, LayerCache] = {}
         self._prefilling = True
-        weakref.finalize(self, _release, self._layers)
+        weakref.finalize(self, _abandon, self._layers)
 
     def _make_budget(self) -> Budget | None:
         runtime = self.runtime
@@ -63,6 +65,7 @@ class PiKVCache:
 
     # --- writing and reading
 
+    @keeps_numbers
     def update(self, layer_id: int, token_id: int | Tensor, k: Tensor, v: Tensor) -> None:
         """Store the keys and values of new tokens.
 
@@ -81,16 +84,16 @@ class PiKVCache:
         checks.increasing(layer, positions)
         if k.shape[2] == 1:
             self.finish_prefill()
-        elif k.shape[2] > 1:
-            self._prefilling = True
         if not layer.settled:
             self._settle(layer)
+        if k.shape[2] >= self.runtime.page_size:
+            self._prefilling = True
         self._layers[layer_id] = layer
         layer.append(k, v, positions, self._stored_here(positions))
 
     def _empty_layer(self, layer_id: int, k: Tensor, v: Tensor) -> LayerCache:
         served = self._served[layer_id]
-        return LayerCache.empty(layer_id, served.codec, served.kernel, self.pool, k, v)
+        return LayerCache.empty(layer_id, served.codec, self.pool, k, v)
 
     def _stored_here(self, positions: Tensor) -> Tensor:
         """Positions with -1 for the tokens that another place stores."""
@@ -99,6 +102,7 @@ class PiKVCache:
             return positions
         return positions.masked_fill(sharding.owner(positions, transport.size) != transport.rank, -1)
 
+    @keeps_numbers
     def attend(self, layer_id: int, q: Tensor) -> Tensor:
         """Attention of the last update's tokens over all that is stored, then settle the layer.
 
@@ -116,20 +120,28 @@ class PiKVCache:
         checks.tensor(self.model, "q", q, shape, "batch, query_heads, tokens of the last update, head_dim")
         if layer.settled and tokens > 1:
             raise StateError(
-                f"layer {layer_id}: attend was already called for the last update of {tokens} tokens, which may be "
-                "sealed by now; call attend once after each update, or retrieve for an attention of your own"
+                f"layer {layer_id} has been settled since its last update of {tokens} tokens, by attend or by "
+                "finish_prefill, so they may be sealed; call attend once after each update, or retrieve for an "
+                "attention of your own"
             )
-        grouped = q.unflatten(1, (config.kv_heads, config.group))
-        stored = reading.attend(layer, grouped, layer.queried, self.runtime.page_selector)
+        # An answer waits if settling raised after the other places were asked, who will not be asked again.
+        output = self._answer(layer, q) if layer.answer is None else layer.answer
+        if not layer.settled:
+            layer.answer = output
+            self._settle(layer)
+            layer.answer = None
+        return output
+
+    def _answer(self, layer: LayerCache, q: Tensor) -> Tensor:
+        grouped = q.unflatten(1, (layer.config.kv_heads, layer.config.group))
+        kernel, selector = self._served[layer.layer_id].kernel, self.runtime.token_selector
+        stored = reading.attend(layer, kernel, grouped, layer.queried, self.runtime.page_selector)
         partial = reading.with_sinks(layer, self._merged(stored))
         output = partial.output.flatten(1, 2).to(q.dtype)
         padding = layer.queried < 0
         if bool(padding.any()):
             output = output.masked_fill(padding[:, None, :, None].to(output.device), 0)
-        selector = self.runtime.token_selector
         layer.ask(q, selector.window if isinstance(selector, QueryTokenSelector) else None)
-        if not layer.settled:
-            self._settle(layer)
         return output
 
     def _merged(self, partial: Partial) -> Partial:
@@ -145,10 +157,13 @@ class PiKVCache:
         """The stored tokens of a layer, decoded, oldest first: for an attention of the caller's own."""
         return self._read_layer(layer_id).context()
 
+    @keeps_numbers
     def finish_prefill(self) -> None:
         """Settle what the prompt left: evict to budget and seal. Runs by itself at the first update of one token.
 
-        Raises PoolFullError if the pages of all layers do not fit, nothing changed.
+        A later update of a page or more begins another prompt; shorter ones (drafted tokens, say) go on decoding.
+        Raises PoolFullError if the pages of all layers do not fit, nothing changed. If a compressor refuses what it is
+        given, the layers before are settled, and no token is lost.
         """
         if self._prefilling:
             self._prefilling = False
@@ -197,20 +212,20 @@ class PiKVCache:
         """The batch: how many sequences the cache holds; 0 before the first update."""
         return next(iter(self._layers.values())).sequences if self._layers else 0
 
+    @keeps_numbers
     def fork(self) -> PiKVCache:
         """A second cache that goes on from here: sealed pages are shared, tails are copied."""
-        return self._with_layers({i: layer.select(torch.arange(layer.sequences)) for i, layer in self._layers.items()})
-
-    def _with_layers(self, layers: dict[int, LayerCache]) -> PiKVCache:
-        other = PiKVCache(self.model, self.runtime, pool=self.pool)
+        other, everyone = PiKVCache(self.model, self.runtime, pool=self.pool), torch.arange(self.sequences)
+        other._replace({i: functools.partial(layer.select, everyone) for i, layer in self._layers.items()})
         other._prefilling = self._prefilling
-        other._layers.update(layers)
         return other
 
+    @keeps_numbers
     def reorder(self, ids: Tensor | Iterable[int]) -> None:
         """Make sequence i what sequence ids[i] is now; one may come several times (beam search) or not at all."""
         self._select(checks.index(ids if isinstance(ids, Tensor) else list(ids), self.sequences, "ids"))
 
+    @keeps_numbers
     def drop(self, ids: Tensor | Iterable[int]) -> None:
         """Forget the sequences with these numbers; the others move up in order."""
         gone = checks.index(ids if isinstance(ids, Tensor) else list(ids), self.sequences, "ids")
@@ -220,10 +235,21 @@ class PiKVCache:
         if not len(index):
             self.reset()
             return
-        for layer_id, layer in list(self._layers.items()):
-            self._layers[layer_id] = layer.select(index)
-            layer.release()
+        self._replace({layer_id: functools.partial(layer.select, index) for layer_id, layer in self._layers.items()})
 
+    def _replace(self, makers: dict[int, Callable[[], LayerCache]]) -> None:
+        """Put new layers in the place of all; if one cannot be made, everything stays as it is."""
+        made: dict[int, LayerCache] = {}
+        try:
+            for layer_id, make in makers.items():
+                made[layer_id] = make()
+        except BaseException:
+            _release(made)
+            raise
+        _release(self._layers)
+        self._layers.update(made)
+
+    @keeps_numbers
     def join(self, other: PiKVCache) -> None:
         """Add the sequences of another cache after this one's. Both must have the same model, runtime and pool.
 
@@ -242,14 +268,11 @@ class PiKVCache:
             )
         for cache in (self, other):
             cache._settle(*(layer for layer in cache._layers.values() if not layer.settled))
-        for layer_id, theirs in other._layers.items():
-            ours = self._layers.get(layer_id)
-            parts = [theirs] if ours is None else [ours, theirs]
-            self._layers[layer_id] = LayerCache.joined(parts)
-            if ours is not None:
-                ours.release()
+        parts = {i: [*([self._layers[i]] if self._layers else []), theirs] for i, theirs in other._layers.items()}
+        self._replace({i: functools.partial(LayerCache.joined, layers) for i, layers in parts.items()})
         self._prefilling = self._prefilling or other._prefilling
 
+    @keeps_numbers
     def crop(self, tokens: int | Tensor) -> None:
         """Forget every token at position `tokens` or later; one number, or one a sequence [batch].
 
@@ -267,7 +290,8 @@ class PiKVCache:
                     f"{layer.forgotten.tolist()}, which a query at {end.tolist()} would see; crop less, or fork before"
                 )
         for layer in self._layers.values():
-            settling.crop(layer, end)
+            if bool((end <= layer.last).any()):
+                settling.crop(layer, end)
 
     def reset(self) -> None:
         """Forget everything; the next update may bring another batch."""
@@ -296,3 +320,9 @@ class PiKVCache:
 def _release(layers: dict[int, LayerCache]) -> None:
     for layer in layers.values():
         layer.release()
+
+
+def _abandon(layers: dict[int, LayerCache]) -> None:
+    """Release at a moment that the garbage collector chose, which may be within the pool's own code."""
+    for layer in layers.values():
+        layer.pool.release_later(layer.codec.form, layer.table.held())

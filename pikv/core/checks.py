@@ -46,11 +46,11 @@ def new_tokens(model: ModelConfig, layer_id: int, keys: Tensor, values: Tensor) 
         raise InputError("k must have at least one sequence, got a batch of 0")
     if model.device.type == "cpu":  # elsewhere the check would stop the device
         for name, states in (("k", keys), ("v", values)):
-            if bool(states.isnan().any()):
-                where = torch.nonzero(states.isnan())[0].tolist()
+            if not bool(states.isfinite().all()):
+                where = torch.nonzero(~states.isfinite())[0].tolist()
                 raise InputError(
-                    f"{name} must not hold NaN, got one at [batch, kv_head, token, channel] = {where} of layer "
-                    f"{layer_id}; look for an overflow in the layers before"
+                    f"{name} must be finite, got {states[tuple(where)].item()} at [batch, kv_head, token, channel] = "
+                    f"{where} of layer {layer_id}; look for an overflow in the layers before"
                 )
     return keys, values
 

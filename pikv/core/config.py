@@ -156,7 +156,8 @@ class ModelConfig:
             raise ConfigError(f"experts and experts_per_token go together, got {experts} and {experts_per_token}")
         if experts is not None and experts_per_token is not None and not 1 <= experts_per_token <= experts:
             raise ConfigError(f"experts_per_token must be between 1 and experts = {experts}, got {experts_per_token}")
-        self.__attrs_init__(tuple(layers), dtype, torch.device(device), experts, experts_per_token)
+        placed = torch.empty(0, device=device).device  # as tensors say it: "cuda" is cuda:0 there, and "cpu:0" is cpu
+        self.__attrs_init__(tuple(layers), dtype, placed, experts, experts_per_token)
 
 
 @attrs.frozen(kw_only=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pikv.core.config import LayerConfig
 from pikv.core.pool import PagePool
-from pikv.core.ports.backend import AttendKernel, PageCodec, Pages
+from pikv.core.ports.backend import PageCodec, Pages
 from pikv.core.ports.selector import PageIndex
 from pikv.core.query_window import QueryWindow
 from pikv.core.tables import ABSENT, PageTable, all_live, live_slots, pack_slots
@@ -28,13 +28,13 @@ class LayerCache:
     first, last: int64 [sequences], the oldest and newest position that a sequence has seen, NEVER before any.
     seen: int64 [sequences], the tokens offered to this place. forgotten: int64 [sequences], the newest position that
     the window left out. queried: int64 [sequences, tokens], the positions of the last update. settled: whether that
-    update has been evicted from, and sealed. asked: whether it has been attended from. newest_queries: the queries that
+    update has been evicted from, and sealed. asked: whether it has been attended from; answer: what
+    attention gave, until the layer is settled. newest_queries: the queries that
     the token selector looks at, if it does.
     """
 
     layer_id: int
     codec: PageCodec
-    kernel: AttendKernel
     pool: PagePool
     tail: Tail
     table: PageTable
@@ -45,20 +45,18 @@ class LayerCache:
     queried: Tensor
     newest_queries: QueryWindow | None = None
     asked: bool = False
+    answer: Tensor | None = None
     settled: bool = True
     _pages: Pages | None = None
 
     @classmethod
-    def empty(
-        cls, layer_id: int, codec: PageCodec, kernel: AttendKernel, pool: PagePool, keys: Tensor, values: Tensor
-    ) -> LayerCache:
+    def empty(cls, layer_id: int, codec: PageCodec, pool: PagePool, keys: Tensor, values: Tensor) -> LayerCache:
         """A layer without tokens for sequences such as keys [sequences, kv_heads, tokens, key_dim] and values."""
         sequences, kv_heads = keys.shape[:2]
         never = torch.full((sequences,), NEVER)
         return cls(
             layer_id=layer_id,
             codec=codec,
-            kernel=kernel,
             pool=pool,
             tail=Tail.empty(keys, values),
             table=PageTable.empty(sequences, kv_heads),
@@ -96,7 +94,7 @@ class LayerCache:
         self.first = torch.where((self.first == NEVER) & (newest >= 0), oldest, self.first)
         self.last = torch.maximum(self.last, newest)
         self.seen = self.seen + (stored >= 0).sum(-1)
-        self.queried, self.asked, self.settled = positions, False, False
+        self.queried, self.asked, self.answer, self.settled = positions, False, None, False
 
     def ask(self, queries: Tensor, window: int | None) -> None:
         """Note that the last update's queries [sequences, query_heads, tokens, key_dim] attend, once for each update.
@@ -109,8 +107,8 @@ class LayerCache:
         self.asked = True
 
     def unseen_from_now_on(self) -> Tensor | None:
-        """The newest position that no later query sees, int64 [sequences]; None without a window."""
-        return None if self.config.window is None else self.last + 1 - self.config.window
+        """The newest position that neither the last query nor a later one sees, int64 [sequences]; None if all do."""
+        return None if self.config.window is None else self.last - self.config.window
 
     def pages(self) -> Pages:
         """The sealed pages as kernels take them; made once after each change of the table."""
@@ -217,7 +215,7 @@ class LayerCache:
         states: dict[str, Any] = {name: getattr(self, name)[index] for name in _BY_SEQUENCE}
         if self.newest_queries is not None:
             states["newest_queries"] = self.newest_queries.select(index)
-        return attrs.evolve(self, tail=self.tail.select(index), table=table, pages=None, **states)
+        return attrs.evolve(self, tail=self.tail.select(index), table=table, answer=None, pages=None, **states)
 
     @classmethod
     def joined(cls, layers: list[LayerCache]) -> LayerCache:
@@ -227,13 +225,16 @@ class LayerCache:
         states: dict[str, Any] = {
             name: torch.cat([getattr(layer, name) for layer in layers]) for name in _BY_SEQUENCE - {"queried"}
         }
-        windows = [layer.newest_queries for layer in layers if layer.newest_queries is not None]
+        windows = QueryWindow.completed(
+            [layer.newest_queries for layer in layers], [len(layer.last) for layer in layers]
+        )
         return attrs.evolve(
             layers[0],
             newest_queries=QueryWindow.joined(windows) if windows else None,
             tail=Tail.joined([layer.tail for layer in layers]),
             table=PageTable.joined([layer.table for layer in layers]),
             queried=torch.empty(len(states["last"]), 0, dtype=torch.int64),
+            answer=None,
             pages=None,
             **states,
         )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import mmap
 import threading
+from collections import deque
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,6 +17,7 @@ from pikv.core.slab import FreeRuns, physical_memory_bytes, reserve
 
 if TYPE_CHECKING:
     from pikv.core.config import ModelConfig, RuntimeConfig
+    from pikv.core.ports import PageCodec, PageSelector
 
 _FREE = -1
 
@@ -31,8 +34,8 @@ class _FormSlab:
     def release(self, start: int, stop: int) -> None:
         """Free a run of rows and give its memory back, memory pages shared with free neighbours included."""
         whole = self.free.give(start, stop)
-        first = max(whole.start * self.stride, start * self.stride - 4096)
-        last = min(whole.stop * self.stride, stop * self.stride + 4096)
+        first = max(whole.start * self.stride, start * self.stride - mmap.PAGESIZE)
+        last = min(whole.stop * self.stride, stop * self.stride + mmap.PAGESIZE)
         self.memory.give_back(first, last)
 
 
@@ -61,6 +64,7 @@ class PagePool:
         self._free_ids: list[int] = []
         self._used_bytes = 0
         self._lock = threading.RLock()
+        self._abandoned: deque[tuple[PageForm, Tensor]] = deque()
 
     def _make_indexes(self, model: ModelConfig, runtime: RuntimeConfig) -> dict[PageForm, Tensor]:
         """For each form the index of its pages, [page ids, *shape]; memory is taken as pages are indexed."""
@@ -91,6 +95,7 @@ class PagePool:
     @property
     def used_bytes(self) -> int:
         """The bytes of all pages that somebody holds."""
+        self._release_abandoned()
         return self._used_bytes
 
     @property
@@ -106,7 +111,7 @@ class PagePool:
         """How many more pages of this form fit."""
         with self._lock:
             slab = self._form_slab(form)
-            return min(slab.free.total, (self.capacity_bytes - self._used_bytes) // slab.stride)
+            return min(slab.free.total, (self.capacity_bytes - self.used_bytes) // slab.stride)
 
     def allocate(self, form: PageForm, count: int) -> Tensor:
         """Take `count` pages, side by side if there is such a run: int32 ids, each held once.
@@ -159,8 +164,29 @@ class PagePool:
             self._free_ids.extend(reversed(freed.tolist()))
             self._used_bytes -= len(freed) * slab.stride
 
+    def release_later(self, form: PageForm, ids: Tensor) -> None:
+        """Release pages before room is next needed. Takes no lock: safe wherever a garbage collector may run."""
+        self._abandoned.append((form, ids))
+
+    def _release_abandoned(self) -> None:
+        while self._abandoned:
+            with self._lock:
+                self.release(*self._abandoned.popleft())
+
+    def check_serves(self, codec: PageCodec, page_selector: PageSelector | None) -> None:
+        """Raise ConfigError unless the pool has pages of the codec's form, indexed as the page selector wants."""
+        self._form_slab(codec.form)
+        if page_selector is not None:
+            wanted, index = page_selector.index_form(codec.layer), self._indexes.get(codec.form)
+            if index is None or (index.dtype, index.shape[1:]) != (wanted.dtype, wanted.shape):
+                raise ConfigError(
+                    f"pool: it keeps no index as {type(page_selector).__name__} needs it; build it from the same model "
+                    "and runtime as the cache"
+                )
+
     def check_integrity(self) -> None:
         """Raise StateError unless every page is in exactly one place and the bytes add up."""
+        self._release_abandoned()
         with self._lock:
             held = self._references > 0
             used = sum((len(slab.memory.tensor) - slab.free.total) * slab.stride for slab in self._slabs.values())

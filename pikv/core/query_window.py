@@ -48,6 +48,21 @@ class QueryWindow:
         return QueryWindow(self.queries[index.to(self.queries.device)], self.positions[index])
 
     @classmethod
+    def completed(cls, windows: list[QueryWindow | None], sequences: list[int]) -> list[QueryWindow]:
+        """The windows of several batches, empty ones where a batch has asked nothing; none if no batch has."""
+        like = next((window for window in windows if window is not None), None)
+        if like is None:
+            return []
+        return [
+            cls.empty(like.queries[:1].expand(count, -1, -1, -1), like.positions.shape[1]) if window is None else window
+            for window, count in zip(windows, sequences, strict=True)
+        ]
+
+    def cropped(self, end: Tensor) -> QueryWindow:
+        """The window without the queries at a position >= end, int64 [sequences]."""
+        return QueryWindow(self.queries, self.positions.masked_fill(self.positions >= end[:, None], -1))
+
+    @classmethod
     def joined(cls, windows: list[QueryWindow]) -> QueryWindow:
         """The windows of several batches, one after another."""
         queries = torch.cat([window.queries for window in windows])

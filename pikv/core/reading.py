@@ -8,7 +8,7 @@ from torch import Tensor
 from pikv.core import attention
 from pikv.core.attention import Partial
 from pikv.core.layer import LayerCache
-from pikv.core.ports.backend import Pages
+from pikv.core.ports.backend import AttendKernel, Pages
 from pikv.core.ports.selector import PageSelector
 from pikv.core.selection import best_pages
 from pikv.core.tail import EMPTY
@@ -16,7 +16,9 @@ from pikv.core.tail import EMPTY
 SCORES_AT_ONCE = 1 << 21  # entries of the score matrix that a prompt's attention holds at a time
 
 
-def attend(layer: LayerCache, query: Tensor, positions: Tensor, page_selector: PageSelector | None) -> Partial:
+def attend(
+    layer: LayerCache, kernel: AttendKernel, query: Tensor, positions: Tensor, page_selector: PageSelector | None
+) -> Partial:
     """Attention over the stored tokens of a layer.
 
     query [sequences, kv_heads, group, tokens, key_dim] at positions int64 [sequences, tokens], the last update's.
@@ -27,7 +29,7 @@ def attend(layer: LayerCache, query: Tensor, positions: Tensor, page_selector: P
     parts = [_attend_tail(layer, query, positions)]
     if layer.table.width:
         pages = _pages_to_read(layer, query, page_selector)
-        folded = layer.kernel(query.flatten(2, 3), pages, oldest=_oldest(layer, positions))
+        folded = kernel(query.flatten(2, 3), pages, oldest=_oldest(layer, positions))
         shape = query.shape[2:4]
         parts.append(Partial(folded.output.unflatten(2, shape), folded.log_sum_exp.unflatten(2, shape)))
     return attention.merge(parts)
@@ -42,7 +44,7 @@ def with_sinks(layer: LayerCache, partial: Partial) -> Partial:
 
 
 def _pages_to_read(layer: LayerCache, query: Tensor, selector: PageSelector | None) -> Pages:
-    reads_all = selector is None or query.shape[3] > 1 or layer.layer_id < selector.dense_layers
+    reads_all = selector is None or query.shape[3] != 1 or layer.layer_id < selector.dense_layers
     if reads_all or selector is None or layer.table.width <= selector.pages:
         return layer.pages()
     scores = selector.score(layer.page_index(), query[:, :, :, 0])

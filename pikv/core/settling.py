@@ -48,11 +48,14 @@ def decide(
     """Slide the layer's window, evict to budget_tokens int64 [sequences, kv_heads], seal all but tail_tokens.
 
     budget_tokens: None evicts nothing. tail_tokens: None seals nothing. Changes nothing. Returns None if there is
-    nothing to do, as at most decoded tokens; what it costs to find that out does not grow with the context.
+    nothing to do, as at most decoded tokens; what it costs to find that out does not grow with the context. A window
+    slides a page at a time.
     """
     over = budget_tokens is not None and bool((occupied_tokens(layer) > budget_tokens).any())
     seals = tail_tokens is not None and bool((layer.tail.lengths >= tail_tokens + layer.page_size).any())
-    if not over and not seals and layer.config.window is None:
+    bound = layer.unseen_from_now_on()
+    slides = bound is not None and bool((bound >= layer.forgotten + layer.page_size).any())
+    if not over and not seals and not slides:
         return None
     decision = Decision(
         layer=layer,
@@ -165,4 +168,7 @@ def crop(layer: LayerCache, end: Tensor) -> None:
     layer.last = torch.minimum(layer.last, end - 1)
     layer.first = layer.first.masked_fill(layer.first >= end, NEVER)
     layer.seen = torch.minimum(layer.seen, end)
+    layer.forgotten = torch.minimum(layer.forgotten, end - 1)
+    if layer.newest_queries is not None:
+        layer.newest_queries = layer.newest_queries.cropped(end)
     layer.queried, layer.settled = layer.queried[:, :0], True

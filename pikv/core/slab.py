@@ -35,7 +35,8 @@ def empty(shape: Sequence[int], like: Tensor) -> Tensor:
     nbytes = math.prod(shape) * like.itemsize
     if not _LINUX or like.device.type != "cpu" or nbytes < _LARGE_BYTES:
         return like.new_empty(*shape)
-    return torch.frombuffer(mmap.mmap(-1, nbytes), dtype=like.dtype).view(*shape)
+    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(memory, dtype=like.dtype).view(*shape)
 
 
 def trim() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import attrs
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 ABSENT = -1
@@ -96,9 +97,12 @@ class PageTable:
     def joined(cls, tables: list[PageTable]) -> PageTable:
         """One table of the sequences of several."""
         width = max(table.width for table in tables)
-        for table in tables:
-            table._reserve(width)
-        columns = {name: torch.cat([getattr(table, name)[..., :width] for table in tables]) for name in _FILLS}
+
+        def padded(table: PageTable, name: str, fill: int) -> Tensor:
+            column: Tensor = getattr(table, name)[..., :width]
+            return F.pad(column, (0, width - column.shape[-1]), value=fill)
+
+        columns = {name: torch.cat([padded(table, name, fill) for table in tables]) for name, fill in _FILLS.items()}
         return cls(**columns, counts=torch.cat([table.counts for table in tables]))
 
     def _reserve(self, width: int) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 from pikv.core.slab import empty
 
 EMPTY = -1
+ROOM = 64  # slots that a tail grows by
 SLOTS_AT_ONCE = 512  # moved at a time, so that moving needs little memory for itself
 
 
@@ -109,9 +110,9 @@ class Tail:
         self.positions[..., :old_width].masked_fill_(beyond.to(self.positions.device), EMPTY)
 
     def reserve(self, tokens: int) -> None:
-        """Make room for rows of `tokens` tokens."""
+        """Make room for rows of `tokens` tokens, and some more: a decoded token rarely needs new room."""
         if tokens > self.keys.shape[2]:
-            self._resize(tokens)
+            self._resize(-(-tokens // ROOM) * ROOM)
 
     def shrink(self, tokens: int) -> None:
         """Give room back down to `tokens` a row, or to the longest row."""
@@ -121,7 +122,7 @@ class Tail:
 
     def _resize(self, capacity: int) -> None:
         width = self.width
-        for name, fill in (("keys", 0), ("values", 0), ("positions", EMPTY)):
+        for name, fill in _FILLS.items():
             old: Tensor = getattr(self, name)
             new = empty((*old.shape[:2], capacity, *old.shape[3:]), like=old)
             new[:, :, :width] = old[:, :, :width]
@@ -136,12 +137,20 @@ class Tail:
     @classmethod
     def joined(cls, tails: list[Tail]) -> Tail:
         """One tail of the sequences of several."""
-        width = max(tail.keys.shape[2] for tail in tails)
-        for tail in tails:
-            tail.reserve(width)
-        return cls(
-            torch.cat([tail.keys for tail in tails]),
-            torch.cat([tail.values for tail in tails]),
-            torch.cat([tail.positions for tail in tails]),
-            torch.cat([tail.lengths for tail in tails]),
-        )
+        lengths = torch.cat([tail.lengths for tail in tails])
+        joined = cls(tails[0].keys[:0], tails[0].values[:0], tails[0].positions[:0], lengths)
+        capacity = -(-joined.width // ROOM) * ROOM
+        for name, fill in _FILLS.items():
+            parts: list[Tensor] = [getattr(tail, name) for tail in tails]
+            new = empty((len(lengths), parts[0].shape[1], capacity, *parts[0].shape[3:]), like=parts[0])
+            first = 0
+            for part in parts:
+                width = min(part.shape[2], joined.width)
+                new[first : first + len(part), :, :width] = part[:, :, :width]
+                new[first : first + len(part), :, width:] = fill
+                first += len(part)
+            setattr(joined, name, new)
+        return joined
+
+
+_FILLS = {"keys": 0, "values": 0, "positions": EMPTY}  # what stands past a row's length

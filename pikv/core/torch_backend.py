@@ -15,6 +15,7 @@ from pikv.core.ports.backend import AttendKernel, Backend, PageCodec, Pages
 from pikv.core.tables import all_live, live_slots
 
 BLOCK_TOKENS = 16_384  # tokens of all rows together that are decoded at a time
+BLOCK_SCORES = 1 << 22  # scores of all rows together that are held at a time
 
 
 @final
@@ -42,14 +43,15 @@ class TorchAttend:
 
     def __call__(self, query: Tensor, pages: Pages, *, oldest: Tensor | None = None) -> Partial:
         """See AttendKernel."""
-        parts = [self._attend_block(query, pages, block, oldest) for block in self._blocks(pages)]
+        parts = [self._attend_block(query, pages, block, oldest) for block in self._blocks(pages, query.shape[2])]
         if not parts:
             return attention.empty(query, self.codec.layer.value_dim)
         return attention.merge(parts)
 
-    def _blocks(self, pages: Pages) -> Iterator[slice]:
+    def _blocks(self, pages: Pages, queries: int) -> Iterator[slice]:
         sequences, kv_heads, width = pages.rows.shape
-        columns = max(1, BLOCK_TOKENS // max(1, sequences * kv_heads * self.codec.form.page_size))
+        tokens = min(BLOCK_TOKENS, BLOCK_SCORES // max(1, queries))
+        columns = max(1, tokens // max(1, sequences * kv_heads * self.codec.form.page_size))
         for start in range(0, width, columns):
             yield slice(start, min(start + columns, width))
 

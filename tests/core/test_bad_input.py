@@ -24,9 +24,9 @@ def queries(batch, tokens, *, dim=8):
     return states(batch, tokens, heads=4, dim=dim)
 
 
-def nan_at(*index):
+def with_a(number, *index):
     tensor = states(BATCH, 3)
-    tensor[index] = torch.nan
+    tensor[index] = number
     return tensor
 
 
@@ -82,8 +82,14 @@ UPDATES = {
     "float positions": ((0, torch.ones(2, 3), NEW, NEW), ["token_id must be a whole number", "got torch.float32"]),
     "list": ((0, [40, 41, 42], NEW, NEW), ["token_id must be a whole number or a tensor", "got list"]),
     "positions' shape": ((0, torch.arange(3), NEW, NEW), ["token_id must be [batch, tokens] = [2, 3]", "got [3]"]),
-    "NaN in k": ((0, 40, nan_at(1, 0, 2, 5), NEW), ["k must not hold NaN", "[1, 0, 2, 5] of layer 0", "overflow"]),
-    "NaN in v": ((0, 40, NEW, nan_at(0, 1, 0, 0)), ["v must not hold NaN", "[0, 1, 0, 0] of layer 0"]),
+    "NaN in k": (
+        (0, 40, with_a(torch.nan, 1, 0, 2, 5), NEW),
+        ["k must be finite", "got nan", "[1, 0, 2, 5] of layer 0"],
+    ),
+    "inf in v": (
+        (0, 40, NEW, with_a(torch.inf, 0, 1, 0, 0)),
+        ["v must be finite", "got inf", "[0, 1, 0, 0]", "overflow"],
+    ),
 }
 
 
@@ -135,7 +141,7 @@ def test_a_layer_without_tokens_has_nothing_to_read(cache):
 
 def test_several_tokens_are_asked_about_once(cache):
     """A second attend for the same chunk would read sealed tokens as if they were older: StateError."""
-    parts = ["layer 0: attend was already called", "40 tokens", "call attend once after each update"]
+    parts = ["layer 0", "its last update of 40 tokens", "call attend once after each update"]
     check_raises(cache, lambda cache: cache.attend(0, queries(BATCH, TOKENS)), pikv.StateError, RuntimeError, parts)
 
 
@@ -184,7 +190,7 @@ def test_crop_refuses_what_a_window_has_passed():
     cache.attend(0, torch.ones(1, 1, 50, 4))
     before = cache.retrieve(0).positions
     with pytest.raises(
-        pikv.StateError, match=re.escape("layer 0: its window of 20 has dropped tokens up to positions [30]")
+        pikv.StateError, match=re.escape("layer 0: its window of 20 has dropped tokens up to positions [29]")
     ):
         cache.crop(45)
     assert torch.equal(cache.retrieve(0).positions, before)
@@ -198,3 +204,14 @@ def test_crop_within_a_window_that_has_dropped_nothing():
     cache.attend(0, torch.ones(1, 1, 5, 4))
     cache.crop(3)
     assert cache.retrieve(0).positions.tolist() == [[[0, 1, 2]]]
+
+
+def test_numbers_are_looked_at_on_the_cpu_only():
+    """Elsewhere it would stop the device; tensors that are on the CPU are refused there."""
+    model = pikv.ModelConfig(layers=1, query_heads=4, kv_heads=2, head_dim=8, device="meta")
+    runtime = pikv.RuntimeConfig()
+    cache = pikv.PiKVCache(model, runtime, pool=pikv.PagePool(model, runtime, capacity_bytes=2**20))
+    with pytest.raises(pikv.InputError, match="k must be on meta like the model, got cpu"):
+        cache.update(0, 0, NEW, NEW)
+    cache.update(0, 0, NEW.to("meta"), NEW.to("meta"))
+    assert cache.sequences == BATCH

@@ -120,10 +120,10 @@ def test_what_stays_equals_a_slow_reference(model, runtime, batch, sizes, genera
     for tokens in sizes:
         positions = data.draw(some.positions(batch, tokens, after=last))
         last = torch.cat([last[:, None], positions], dim=1).amax(1)
-        if tokens == 1 and prefilling:
+        if tokens == 1 and prefilling:  # the prompt is over
             for row in (row for layer in rows for row in layer if row.seen):
                 row.settle(seal=True)
-        prefilling = tokens > 1 or (prefilling and tokens == 0)
+        prefilling = tokens >= runtime.page_size or (prefilling and tokens != 1)
         for layer_id, layer in enumerate(model.layers):
             k, v, q = (
                 torch.randn(batch, n, tokens, dim, generator=generator)

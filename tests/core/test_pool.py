@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import pikv
-from pikv.core.slab import DeviceSlab, FreeRuns, HostSlab
+from pikv.core.slab import DeviceSlab, FreeRuns, HostSlab, trim
 
 STATM = Path("/proc/self/statm")
 needs_statm = pytest.mark.skipif(
@@ -101,6 +101,15 @@ def test_memory_of_a_device_is_taken_whole():
     slab.give_back(0, 64)
     assert slab.tensor.shape == (4, 64)
     assert slab.tensor.device.type == "meta"
+
+
+def test_where_there_is_nothing_to_trim(monkeypatch):
+    """Another system, or a C library without malloc_trim: trim does nothing."""
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: object())
+    trim()
+    monkeypatch.setattr("pikv.core.slab._LINUX", False)
+    monkeypatch.delattr(ctypes, "CDLL")
+    trim()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="not Linux: there a slab is ordinary memory")

@@ -306,7 +306,6 @@ def test_stored_bytes_are_those_of_the_storages():
 # --- open defects; each test is strict, so that mending one shows
 
 
-@pytest.mark.xfail(strict=True, reason="tables that inference mode made cannot be changed outside of it")
 def test_a_cache_may_leave_inference_mode():
     """A prompt in inference mode, then decoding outside of it."""
     cache = pikv.PiKVCache(MODEL, RUNTIME)
@@ -321,7 +320,6 @@ def test_a_cache_may_leave_inference_mode():
             cache.reset()
 
 
-@pytest.mark.xfail(strict=True, reason="the tail keeps the graph of every token")
 def test_no_graph_is_kept():
     """Keys and values that require a gradient are stored as numbers."""
     cache = pikv.PiKVCache(MODEL, RUNTIME)
@@ -329,7 +327,6 @@ def test_no_graph_is_kept():
     assert not cache.retrieve(0).keys.requires_grad
 
 
-@pytest.mark.xfail(strict=True, reason="settling has passed the oldest token of the query's window")
 def test_one_token_may_be_asked_about_twice():
     """With the same answer, also in a layer with a window."""
     model = pikv.ModelConfig(layers=1, query_heads=2, kv_heads=1, head_dim=4, window=40)
@@ -342,7 +339,6 @@ def test_one_token_may_be_asked_about_twice():
     assert torch.equal(cache.attend(0, q), output)
 
 
-@pytest.mark.xfail(strict=True, reason="the wider of two tails and tables makes the other one grow")
 def test_join_leaves_the_other_as_it_is():
     """To the byte."""
     one = Pair.of().grow(rows(70))
@@ -352,7 +348,6 @@ def test_join_leaves_the_other_as_it_is():
     assert other.cache.stored_bytes() == before
 
 
-@pytest.mark.xfail(strict=True, reason="torch.device('cuda') is not torch.device('cuda:0'), where tensors are")
 def test_a_device_may_be_written_with_or_without_its_number():
     """The tensors of 'cpu:0' are on 'cpu', as those of 'cuda' are on 'cuda:0'."""
     model = pikv.ModelConfig(layers=1, query_heads=4, kv_heads=2, head_dim=8, device="cpu:0")

@@ -35,13 +35,14 @@ class Stage:
     samples: int
 
 
-CURRICULUM = (
-    Stage(length=128, pairs=(8, 10), samples=100_000),  # hardly any text: looking a key up is learned first
-    Stage(length=192, pairs=(6, 12), samples=20_000),
-    Stage(length=384, pairs=(6, 20), samples=10_000),
-    Stage(length=768, pairs=(6, 32), samples=6_000),
-    Stage(length=1536, pairs=(6, 36), samples=3_000),
-    Stage(length=2560, pairs=(6, 40), samples=1_600),
+CURRICULUM = (  # few pairs first: copying any value from the context is then a good guess, and where looking up begins
+    Stage(length=64, pairs=(1, 3), samples=80_000),
+    Stage(length=96, pairs=(2, 5), samples=50_000),
+    Stage(length=160, pairs=(3, 9), samples=30_000),
+    Stage(length=320, pairs=(4, 16), samples=12_000),
+    Stage(length=640, pairs=(4, 28), samples=6_000),
+    Stage(length=1280, pairs=(6, 36), samples=3_000),
+    Stage(length=2560, pairs=(6, 40), samples=2_000),
     Stage(length=4352, pairs=(6, 40), samples=160),
 )
 

@@ -150,14 +150,15 @@ def report(model: MixtralForCausalLM, *, samples: int) -> dict[str, float]:
 class StopWhenRecalled(TrainerCallback):
     """End a stage early once nearly all of its held-out pairs are recalled."""
 
-    def __init__(self, length: int) -> None:
-        self.length, self.pairs = length, max(8, length // 128)
+    def __init__(self, rows: StageRows) -> None:
+        self.pairs = int(rows.answers.sum(1).max()) // 2  # the most that a sample of the stage hides; two digits each
+        self.length = rows.ids.shape[1] - len("@Q=48\n") * self.pairs
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         """Check every so often, and after the last step."""
         if state.global_step % CHECKED_STEPS == 0 or state.global_step == state.max_steps:
             model.eval()
-            accuracy = recall_accuracy(model, length=self.length, pairs=self.pairs, samples=10)
+            accuracy = recall_accuracy(model, length=self.length, pairs=self.pairs, samples=20)
             model.train()
             print(
                 f"step {state.global_step}: recall of {self.pairs} pairs in {self.length} is {accuracy:.1%}", flush=True
@@ -187,7 +188,7 @@ def train_stage(
         seed=arguments.seed,
         use_cpu=not torch.cuda.is_available(),
     )
-    callbacks = [] if last else [StopWhenRecalled(length)]
+    callbacks = [] if last else [StopWhenRecalled(rows)]
     Trainer(model, settings, train_dataset=rows, compute_loss_func=text_and_answers, callbacks=callbacks).train()
     model.save_pretrained(scratch / file.stem)
 
@@ -201,7 +202,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rank", type=int, default=4, help="of LoRA; not served yet")
     parser.add_argument("--alpha", type=float, default=1.0, help="of LoRA; not served yet")
     parser.add_argument("--batch_size", type=int, default=16, help="samples of 256 characters a step")
-    parser.add_argument("--learning_rate", type=float, default=3e-3)
+    parser.add_argument("--learning_rate", type=float, default=2e-3)
     parser.add_argument("--num_epochs", type=int, default=1, help="passes over each stage")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--report_samples", type=int, default=100, help="recall samples for each number reported")
