@@ -1,6 +1,6 @@
 """How much a small model still recalls when its cache is cut, stored in fewer bits, or read in part.
 
-The model of downstream_tasks/models/tiny_moe reads a text in which `@Q=48` lines are hidden, the cache is
+The model of downstream_tasks/models/tiny_moe reads a text in which `@Qxy` lines are hidden, the cache is
 evicted and sealed, and only then come the questions, token by token: what was needed is not known when the cache is
 cut. A value counts if its every character is the most likely one. Texts are held out from training, and no part of
 PiKV was tuned on them.

@@ -7,6 +7,7 @@ expert e lives at rank e % ranks: tokens are dispatched to the experts' ranks an
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -17,7 +18,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pikv import InputError, Rotary
-from pikv.core.ports import Transport
+from pikv.core.ports import Observation, Router, RouterState, Transport
+from pikv.policies import TopK
 
 
 class Cache(Protocol):
@@ -103,9 +105,12 @@ def load_weights(folder: Path, wanted: set[str]) -> dict[str, Tensor]:
 class Mixtral:
     """The decoder. All ranks call `step` with the same tokens and get the same logits."""
 
-    def __init__(self, folder: Path, transport: Transport) -> None:
+    def __init__(self, folder: Path, transport: Transport, router: Router | None = None) -> None:
         self.config = MixtralConfig.read(folder)
         self.transport = transport
+        self.router = TopK() if router is None else router
+        places = torch.arange(self.config.experts) % transport.size
+        self._routing = [self.router.start(self.config.experts, places) for _ in range(self.config.layers)]
         self.home_experts = range(transport.rank, self.config.experts, transport.size)
         self._weights = load_weights(folder, self._names() | {"lm_head.weight"})
         if missing := self._names() - set(self._weights):
@@ -160,11 +165,11 @@ class Mixtral:
         tokens = hidden.flatten(0, 1)  # [tokens, hidden]
         mine = tokens[rank::size]
         scores = F.softmax(F.linear(mine, self._weight(layer, "block_sparse_moe.gate")), dim=-1)
-        weights, experts = scores.topk(self.config.experts_per_token)  # [mine, k]
-        weights = weights / weights.sum(-1, keepdim=True)
+        routing = self.router.route(self._routing[layer], scores, self.config.experts_per_token)
+        experts = routing.experts  # [mine, k]
 
         outputs = self._dispatch(layer, mine.repeat_interleave(experts.shape[1], 0), experts.flatten())
-        combined = (outputs.unflatten(0, experts.shape) * weights[..., None]).sum(1)
+        combined = (outputs.unflatten(0, experts.shape) * routing.weights[..., None]).sum(1)
 
         share = -(-len(tokens) // size)  # the most tokens a rank has; all_gather needs the same of all
         everyone = self.transport.all_gather(F.pad(combined, (0, 0, 0, share - len(combined))))  # [size, share, hidden]
@@ -179,12 +184,22 @@ class Mixtral:
         arrived = self.transport.all_to_all(labelled[order].split(rows))
         inputs, numbers = torch.cat(arrived).split([states.shape[1], 1], dim=1)
 
-        outputs = torch.empty_like(inputs)
+        outputs, started = torch.empty_like(inputs), time.perf_counter()
         for expert in self.home_experts:
             chosen = (numbers[:, 0] == expert).nonzero()[:, 0]
             outputs[chosen] = self._run_expert(layer, expert, inputs[chosen])
+        self._observe(layer, tokens=len(inputs), seconds=time.perf_counter() - started)
         back = self.transport.all_to_all(outputs.split([len(part) for part in arrived]))
         return torch.empty_like(states).index_copy_(0, order, torch.cat(back))
+
+    def _observe(self, layer: int, *, tokens: int, seconds: float) -> None:
+        """Tell a router that learns what this step cost each rank."""
+        state = self._routing[layer]
+        if type(state) is RouterState:  # it remembers nothing, so the ranks need not exchange what they measured
+            return
+        costs = self.transport.all_gather(torch.tensor([tokens, seconds], dtype=torch.float64))
+        seen = Observation(tokens=costs[:, 0].long(), seconds=costs[:, 1])
+        self._routing[layer] = self.router.observe(state, seen)
 
     def _run_expert(self, layer: int, expert: int, states: Tensor) -> Tensor:
         w1, w2, w3 = (self._weight(layer, f"block_sparse_moe.experts.{expert}.w{i}") for i in (1, 2, 3))

@@ -35,8 +35,9 @@ import pikv
 from pikv.core.ports.transport import Solo, Transport
 
 MODEL = Path(__file__).parents[1] / "downstream_tasks" / "models" / "tiny_moe"
-PAIRS = {"B": "73", "Q": "48", "m": "05", "W": "26"}  # hidden in the default prompt
-COMPOSED = ("allocator", "budget_tokens", "token_selector", "page_selector", "compressor", "tail_tokens", "page_size")
+PAIRS = {"B": "ek", "Q": "xy", "7": "no", "W": "da"}  # hidden in the default prompt
+CHOSEN = ("allocator", "token_selector", "page_selector", "compressor", "router")  # by name
+COMPOSED = (*CHOSEN, "budget_tokens", "tail_tokens", "page_size")
 LAUNCHED = ("PMI_SIZE", "PMIX_RANK", "OMPI_COMM_WORLD_SIZE")  # what mpirun of MPICH, of PMIx, of Open MPI sets
 
 Value = TypeVar("Value")
@@ -46,8 +47,8 @@ def default_prompt() -> str:
     """Some source of the standard library with pairs hidden in it, about 1500 characters, then the question for one."""
     rows = inspect.getsource(textwrap)[:1440].split("\n")
     for number, (key, value) in enumerate(PAIRS.items()):
-        rows.insert(3 + 7 * number, f"@{key}={value}")
-    return "\n".join(rows) + "\n@Q="
+        rows.insert(3 + 7 * number, f"@{key}{value}")
+    return "\n".join(rows) + "\n@Q"
 
 
 class Parser(argparse.ArgumentParser):
@@ -70,7 +71,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     raw = argparse.RawDescriptionHelpFormatter
     parser = Parser(prog="moe_decode.py", description=__doc__, formatter_class=raw, allow_abbrev=False)
     prompts = parser.add_mutually_exclusive_group()
-    prompts.add_argument("--prompt", help="text to go on from (default: code that hides lines such as `@Q=48`)")
+    prompts.add_argument("--prompt", help="text to go on from (default: code that hides lines such as `@Qxy`)")
     prompts.add_argument("--prompt-file", type=Path, help="a file with that text, UTF-8")
     parser.add_argument("--model", type=Path, default=MODEL, help="a folder in Mixtral's format, with tokenizer.json")
     parser.add_argument("--tokens", type=count, default=200, help="how many to decode (default: 200)")
@@ -79,8 +80,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
                         "whose tokens are used; exit with 1 unless all tokens agree and logits are within 1e-4, which "
                         "lossy parts are not meant to reach")  # fmt: skip
     cache = parser.add_argument_group("the cache", "names and numbers for pikv.runtime_from; its defaults are exact")
-    for name in ("allocator", "token-selector", "page-selector", "compressor"):
-        cache.add_argument(f"--{name}", metavar="NAME")
+    for name in CHOSEN:
+        cache.add_argument(f"--{name.replace('_', '-')}", metavar="NAME")
     cache.add_argument("--budget-tokens", type=count, help="mean tokens kept, for each layer and KV head")
     cache.add_argument("--page-size", type=count, help="tokens a page: 16, 32 or 64")
     cache.add_argument("--tail-tokens", type=count, help="newest tokens that stay dense")
@@ -139,24 +140,24 @@ class Session:
     def prepare(cls, argv: Sequence[str] | None, transport: Transport) -> Session:
         """Read the arguments, load the model, compose the cache; PiKVError or OSError tell the user's mistakes."""
         arguments = parse(argv)
-        model = Mixtral(arguments.model, transport)
+        config = MixtralConfig.read(arguments.model)
         tokenizer = read_tokenizer(arguments.model)
         prompt = read_prompt(arguments)
         prompt_ids = torch.tensor(tokenizer.encode(prompt).ids)
         if not len(prompt_ids):
             raise pikv.InputError("the prompt must have at least one token, got none; pass some text")
-        described = model_config(model.config)
+        described = model_config(config)
         names = {name: getattr(arguments, name) for name in COMPOSED if getattr(arguments, name) is not None}
         runtime = pikv.runtime_from(names | {"shard_by": "token_range"}, described, transport=transport)
         dense = None
         if arguments.verify and transport.rank == 0:
-            dense = Decoder(Mixtral(arguments.model, Solo()), DenseCache(model.config))
+            dense = Decoder(Mixtral(arguments.model, Solo()), DenseCache(config))
         return cls(
             arguments=arguments,
             tokenizer=tokenizer,
             prompt=prompt,
             prompt_ids=prompt_ids,
-            model=model,
+            model=Mixtral(arguments.model, transport, runtime.router),
             cache=pikv.PiKVCache(described, runtime),
             dense=dense,
         )

@@ -210,29 +210,30 @@ class LayerCache:
 
     def select(self, index: Tensor) -> LayerCache:
         """A layer of the sequences at index int64 [n]; it holds their pages too."""
-        table = self.table.select(index)
-        self.pool.retain(table.held())
         states: dict[str, Any] = {name: getattr(self, name)[index] for name in _BY_SEQUENCE}
         if self.newest_queries is not None:
             states["newest_queries"] = self.newest_queries.select(index)
-        return attrs.evolve(self, tail=self.tail.select(index), table=table, answer=None, pages=None, **states)
+        tail, table = self.tail.select(index), self.table.select(index)
+        self.pool.retain(table.held())  # last: what raises before it holds nothing
+        return attrs.evolve(self, tail=tail, table=table, answer=None, pages=None, **states)
 
     @classmethod
     def joined(cls, layers: list[LayerCache]) -> LayerCache:
         """A layer of the sequences of several, which must be settled; it holds their pages too."""
-        for layer in layers:
-            layer.pool.retain(layer.table.held())
         states: dict[str, Any] = {
             name: torch.cat([getattr(layer, name) for layer in layers]) for name in _BY_SEQUENCE - {"queried"}
         }
         windows = QueryWindow.completed(
             [layer.newest_queries for layer in layers], [len(layer.last) for layer in layers]
         )
+        tail, table = Tail.joined([layer.tail for layer in layers]), PageTable.joined([layer.table for layer in layers])
+        newest_queries = QueryWindow.joined(windows) if windows else None
+        layers[0].pool.retain(table.held())  # last: what raises before it holds nothing
         return attrs.evolve(
             layers[0],
-            newest_queries=QueryWindow.joined(windows) if windows else None,
-            tail=Tail.joined([layer.tail for layer in layers]),
-            table=PageTable.joined([layer.table for layer in layers]),
+            newest_queries=newest_queries,
+            tail=tail,
+            table=table,
             queried=torch.empty(len(states["last"]), 0, dtype=torch.int64),
             answer=None,
             pages=None,

@@ -10,7 +10,7 @@ import pikv
 from pikv.core.exact import Exact
 from pikv.core.forms import PageForm
 from pikv.core.ports import Backend
-from pikv.policies import EvictOldest, Recent, TokenRange, Uniform
+from pikv.policies import EvictOldest, Quest, Recent, TokenRange, Uniform
 from pikv.testing.transport import FakeTransport
 
 LAYER = {"query_heads": 4, "kv_heads": 2, "key_dim": 8, "value_dim": 8}
@@ -222,6 +222,13 @@ def test_a_pool_must_be_of_the_model_and_the_runtime():
     elsewhere = pikv.ModelConfig(**MODEL, device="meta")
     pool = pikv.PagePool(elsewhere, pikv.RuntimeConfig(), capacity_bytes=2**20)
     check_refused(pikv.PiKVCache, {"model": model, "pool": pool}, ["pool must be on cpu like the model", "meta"])
+
+
+def test_a_pool_must_keep_the_index_of_the_page_selector():
+    """ConfigError where it was made for a runtime without one."""
+    model, runtime = pikv.ModelConfig(**MODEL), pikv.RuntimeConfig(page_selector=Quest())
+    settings = {"model": model, "runtime": runtime, "pool": pikv.PagePool(model, pikv.RuntimeConfig())}
+    check_refused(pikv.PiKVCache, settings, ["pool: it keeps no index as Quest needs it", "same model and runtime"])
 
 
 def test_a_pool_must_hold_a_page():

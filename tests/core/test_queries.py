@@ -83,6 +83,37 @@ def test_a_cache_that_was_not_asked_may_join():
     assert torch.equal(cache.retrieve(0).positions[0], alone.positions[0])
 
 
+def test_queries_are_cropped_with_their_tokens():
+    """A sequence that goes back asks again, and keeps what it would have kept."""
+    cache = give(compose(), [0, 1], 0, 40)
+    for position in (40, 41):
+        cache.update(0, position, *torch.ones(2, 2, 2, 1, 8))
+        cache.attend(0, torch.ones(2, 4, 1, 8))
+    cache.crop(40)
+    decode(cache, [0, 1], stop=44)
+    straight = decode(give(compose(), [0, 1], 0, 40), [0, 1], stop=44)
+    assert torch.equal(cache.retrieve(0).positions, straight.retrieve(0).positions)
+    check_as_alone(decode_from(cache, 44), [0, 1])
+
+
+def decode_from(cache, start):
+    for position in range(start, 90):
+        give(cache, [0, 1], position, position + 1)
+    return cache
+
+
+def test_padding_asks_nothing():
+    """A sequence that is padded on the left keeps what it keeps without the padding."""
+    cache = compose()
+    padded = torch.cat([torch.zeros(1, 8, 5, 8), TOKENS[:1, :, :40]], dim=2)
+    for each in padded.split([3, 42], dim=2):
+        k, v, q = each.split([2, 2, 4], dim=1)
+        positions = torch.arange(-5, 40)[None, :3] if each.shape[2] == 3 else torch.arange(-5, 40)[None, 3:]
+        cache.update(0, positions.clamp(min=-1), k, v)
+        cache.attend(0, q)
+    check_as_alone(decode(cache, [0]), [0])
+
+
 def test_queries_are_stored_bytes():
     """They count as part of the tail."""
     cache, without = compose(), compose(selector=Recent())

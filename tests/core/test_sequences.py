@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import pikv
+from pikv.core.tail import Tail
 from pikv.policies import Recent
 from pikv.testing.plain import PlainCache, check_holds
 
@@ -286,6 +287,32 @@ def test_the_first_token_after_a_prompt_seals_it():
         cache.update(0, 100, *torch.ones(2, 1, 2, 1, 8))
         cache.attend(0, torch.ones(1, 4, 1, 8))
     assert by_itself.stored_bytes() == asked.stored_bytes()
+
+
+def test_where_a_layer_cannot_be_made_all_stay(monkeypatch):
+    """Memory that is refused half way through a reorder leaves every layer as it was, and no page held twice."""
+    model = pikv.ModelConfig(layers=2, query_heads=4, kv_heads=2, head_dim=8)
+    cache = pikv.PiKVCache(model, RUNTIME)
+    for layer_id in range(2):
+        cache.update(layer_id, 0, *torch.randn(2, 2, 2, 40, 8, generator=GENERATOR))
+        cache.attend(layer_id, torch.ones(2, 4, 40, 8))
+    before, used = [cache.retrieve(layer_id).keys for layer_id in range(2)], cache.pool.used_bytes
+    select, calls = Tail.select, []
+
+    def refuse(tail, index):
+        calls.append(tail)
+        if len(calls) == 2:
+            raise MemoryError
+        return select(tail, index)
+
+    monkeypatch.setattr(Tail, "select", refuse)
+    with pytest.raises(MemoryError):
+        cache.reorder([1, 1])
+    assert all(torch.equal(cache.retrieve(layer_id).keys, before[layer_id]) for layer_id in range(2))
+    assert cache.pool.used_bytes == used
+    cache.reset()
+    cache.pool.check_integrity()
+    assert cache.pool.used_bytes == 0
 
 
 def test_stored_bytes_are_those_of_the_storages():

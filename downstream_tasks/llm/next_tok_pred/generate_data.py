@@ -1,6 +1,6 @@
 """Make text and recall data for a small language model, from text that every machine has.
 
-The text is the Python standard library's source. A recall sample hides lines such as `@Q=48` in it, and ends
+The text is the Python standard library's source. A recall sample hides lines such as `@Qxy` in it, and ends
 by repeating them in another order: whoever still holds the first occurrence can write the values.
 
     python downstream_tasks/llm/next_tok_pred/generate_data.py --output /tmp/tiny_data
@@ -22,8 +22,8 @@ from tqdm import tqdm
 SPECIALS = ("<pad>", "<s>", "</s>", "<unk>")
 CHARACTERS = "\n" + string.digits + string.ascii_letters + string.punctuation + " "
 VOCABULARY = 112  # specials and characters, rounded up to a multiple of 16
-_VALUE_DIGITS = 2
-_KEYS = string.ascii_letters  # a sample hides each at most once
+_KEYS = string.ascii_uppercase + string.digits  # a sample hides each at most once
+QUESTION, VALUE_LETTERS = len("@Q"), 2
 
 
 @attrs.frozen
@@ -36,14 +36,14 @@ class Stage:
 
 
 CURRICULUM = (  # few pairs first: copying any value from the context is then a good guess, and where looking up begins
-    Stage(length=64, pairs=(1, 3), samples=80_000),
-    Stage(length=96, pairs=(2, 5), samples=50_000),
-    Stage(length=160, pairs=(3, 9), samples=30_000),
-    Stage(length=320, pairs=(4, 16), samples=12_000),
-    Stage(length=640, pairs=(4, 28), samples=6_000),
-    Stage(length=1280, pairs=(6, 36), samples=3_000),
-    Stage(length=2560, pairs=(6, 40), samples=2_000),
-    Stage(length=4352, pairs=(6, 40), samples=160),
+    Stage(length=64, pairs=(1, 4), samples=60_000),
+    Stage(length=96, pairs=(2, 8), samples=40_000),
+    Stage(length=192, pairs=(4, 16), samples=16_000),
+    Stage(length=384, pairs=(4, 24), samples=8_000),
+    Stage(length=768, pairs=(6, 32), samples=4_000),
+    Stage(length=1536, pairs=(6, 36), samples=2_000),
+    Stage(length=2560, pairs=(6, 36), samples=1_600),
+    Stage(length=4352, pairs=(6, 36), samples=160),
 )
 
 
@@ -84,12 +84,13 @@ class Sample:
     @property
     def question_start(self) -> int:
         """The index of the first repeated line; what comes before is the context."""
-        return self.answers[0].start - len("@Q=")
+        return self.answers[0].start - QUESTION
 
 
 def _pairs(rng: np.random.Generator, count: int) -> list[str]:
     keys = rng.choice(list(_KEYS), count, replace=False)
-    return [f"@{key}={rng.integers(10**_VALUE_DIGITS):0{_VALUE_DIGITS}d}\n" for key in keys]
+    values = rng.choice(list(string.ascii_lowercase), (count, VALUE_LETTERS))
+    return [f"@{key}{''.join(value)}\n" for key, value in zip(keys, values, strict=True)]
 
 
 def recall_sample(text: str, rng: np.random.Generator, *, length: int, pairs: int) -> Sample:
@@ -112,7 +113,7 @@ def recall_sample(text: str, rng: np.random.Generator, *, length: int, pairs: in
     answers, cursor = [], len(context)
     for line in lines:
         cursor += len(line)
-        answers.append(slice(cursor - 1 - _VALUE_DIGITS, cursor - 1))
+        answers.append(slice(cursor - 1 - VALUE_LETTERS, cursor - 1))
     return Sample(text=context + "".join(lines), answers=tuple(answers))
 
 

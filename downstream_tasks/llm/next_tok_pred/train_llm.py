@@ -151,8 +151,8 @@ class StopWhenRecalled(TrainerCallback):
     """End a stage early once nearly all of its held-out pairs are recalled."""
 
     def __init__(self, rows: StageRows) -> None:
-        self.pairs = int(rows.answers.sum(1).max()) // 2  # the most that a sample of the stage hides; two digits each
-        self.length = rows.ids.shape[1] - len("@Q=48\n") * self.pairs
+        self.pairs = int(rows.answers.sum(1).max()) // generate_data.VALUE_LETTERS  # the most that a sample hides
+        self.length = rows.ids.shape[1] - len("@Qxy\n") * self.pairs
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         """Check every so often, and after the last step."""
