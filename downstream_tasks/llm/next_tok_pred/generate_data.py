@@ -41,9 +41,8 @@ CURRICULUM = (  # few pairs first: copying any value from the context is then a 
     Stage(length=192, pairs=(4, 16), samples=16_000),
     Stage(length=384, pairs=(4, 24), samples=8_000),
     Stage(length=768, pairs=(6, 32), samples=4_000),
-    Stage(length=1536, pairs=(6, 36), samples=2_000),
-    Stage(length=2560, pairs=(6, 36), samples=1_600),
-    Stage(length=4352, pairs=(6, 36), samples=160),
+    Stage(length=1536, pairs=(4, 36), samples=3_000),
+    Stage(length=3072, pairs=(4, 36), samples=1_500),
 )
 
 

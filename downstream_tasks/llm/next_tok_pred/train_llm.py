@@ -3,8 +3,9 @@
     python downstream_tasks/llm/next_tok_pred/generate_data.py --output /tmp/tiny_data
     python downstream_tasks/llm/next_tok_pred/train_llm.py --data /tmp/tiny_data --output /tmp/tiny_moe
 
-The curriculum's stages are trained one after another; each ends early once it is learned, and is saved, so that a run
-that was cut off goes on after it. The few characters that answer questions weigh as much as all of the text.
+The curriculum's stages are trained one after another and saved, so that a run that was cut off goes on after the last.
+All but the last two, which learn the text, end early once their pairs are recalled. The few characters that answer
+questions weigh as much as all of the text.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from transformers import (
 
 IGNORED = -100  # the label that transformers leaves out of a loss
 EVALUATION_SEED = 1_000_003
+DONE = "stage.json"  # written into the folder of a stage that is trained
 CHECKED_STEPS, ENOUGH_RECALL = 100, 0.985  # how often a stage is checked, and when it is learned
 BATCH_LENGTH = 256  # characters: --batch_size counts samples of this length, so a step's tokens stay the same
 
@@ -167,9 +169,9 @@ class StopWhenRecalled(TrainerCallback):
 
 
 def train_stage(
-    model: MixtralForCausalLM, file: Path, arguments: argparse.Namespace, *, scratch: Path, last: bool
+    model: MixtralForCausalLM, file: Path, arguments: argparse.Namespace, *, scratch: Path, remaining: int
 ) -> None:
-    """Train one stage, of a constant learning rate unless it is the last; all have the same tokens a step."""
+    """Train one stage; `remaining` come after it. Only the last one's learning rate falls; all take the same tokens."""
     rows = StageRows(file)
     length = rows.ids.shape[1]
     settings = TrainingArguments(
@@ -177,7 +179,7 @@ def train_stage(
         per_device_train_batch_size=max(1, arguments.batch_size * BATCH_LENGTH // length),
         learning_rate=arguments.learning_rate,
         num_train_epochs=arguments.num_epochs,
-        lr_scheduler_type="cosine" if last else "constant_with_warmup",
+        lr_scheduler_type="constant_with_warmup" if remaining else "cosine",
         warmup_steps=50,
         weight_decay=0.01,
         adam_beta2=0.98,
@@ -188,9 +190,8 @@ def train_stage(
         seed=arguments.seed,
         use_cpu=not torch.cuda.is_available(),
     )
-    callbacks = [] if last else [StopWhenRecalled(rows)]
+    callbacks = [StopWhenRecalled(rows)] if remaining > 1 else []
     Trainer(model, settings, train_dataset=rows, compute_loss_func=text_and_answers, callbacks=callbacks).train()
-    model.save_pretrained(scratch / file.stem)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -222,16 +223,18 @@ def main() -> None:
     set_seed(arguments.seed)
     model, scratch = new_model(), arguments.output / "scratch"
     stages = json.loads((arguments.data / "curriculum.json").read_text())["stages"]
-    started = time.monotonic()
-    for name in stages:
+    for remaining, name in zip(reversed(range(len(stages))), stages, strict=True):
         finished = scratch / Path(name).stem
-        if (finished / "model.safetensors").is_file():
+        if (finished / DONE).is_file():
             print(f"{name} was trained before: {finished}", flush=True)
             model = MixtralForCausalLM.from_pretrained(finished)
             continue
         print(name, flush=True)
-        train_stage(model, arguments.data / name, arguments, scratch=scratch, last=name == stages[-1])
-    minutes = (time.monotonic() - started) / 60
+        started = time.monotonic()
+        train_stage(model, arguments.data / name, arguments, scratch=scratch, remaining=remaining)
+        model.save_pretrained(finished)
+        (finished / DONE).write_text(json.dumps({"minutes": (time.monotonic() - started) / 60}))
+    minutes = sum(json.loads(path.read_text())["minutes"] for path in scratch.glob(f"*/{DONE}"))
 
     model.half().save_pretrained(arguments.output)
     character_tokenizer().save_pretrained(arguments.output)
