@@ -51,20 +51,25 @@ def main() -> None:
     """Fill an exact cache and an own one with the same prompt, decode, compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompt-tokens", type=int, default=4096)
-    parser.add_argument("--decode-tokens", type=int, default=64)
+    parser.add_argument("--decode-tokens", type=int, default=64, help="1 or more")
     parser.add_argument("--budget-tokens", type=int, default=1024, help="mean tokens a layer and KV head keeps")
     arguments = parser.parse_args()
+    if arguments.prompt_tokens < 1 or arguments.decode_tokens < 1:
+        parser.error("--prompt-tokens and --decode-tokens must be 1 or more")
     torch.manual_seed(0)
 
     exact = pikv.PiKVCache(MODEL)
-    own = pikv.compose(
-        MODEL,
-        allocator=Pyramid(),  # early layers keep more
-        token_selector=KeyNorm(),  # which tokens stay
-        page_selector=Quest(pages=8),  # which pages a query reads
-        compressor=Int8(),  # how a page is stored
-        budget_tokens=arguments.budget_tokens,
-    )
+    try:
+        own = pikv.compose(
+            MODEL,
+            allocator=Pyramid(),  # early layers keep more
+            token_selector=KeyNorm(),  # which tokens stay
+            page_selector=Quest(pages=8),  # which pages a query reads
+            compressor=Int8(),  # how a page is stored
+            budget_tokens=arguments.budget_tokens,
+        )
+    except pikv.ConfigError as error:
+        parser.error(str(error))
     for start in range(0, arguments.prompt_tokens, 512):
         random_step([exact, own], start, min(512, arguments.prompt_tokens - start))
     for position in range(arguments.prompt_tokens, arguments.prompt_tokens + arguments.decode_tokens):

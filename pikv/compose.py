@@ -6,6 +6,8 @@ import difflib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import attrs
+
 from pikv.adapters.compressors import Int2, Int4, Int8
 from pikv.core.cache import PiKVCache
 from pikv.core.config import ModelConfig, RuntimeConfig
@@ -104,16 +106,17 @@ def runtime_from(names: Mapping[str, Any], model: ModelConfig, *, transport: Tra
 
 def _build(key: str, value: Any) -> Any:
     described = dict(value) if isinstance(value, Mapping) else {"name": value}
-    name = described.pop("name", None)
     known = _PARTS[key]
+    if "name" not in described:
+        raise UnknownNameError(f'{key} needs a "name" beside {described}; it is one of {", ".join(sorted(known))}')
+    name = described.pop("name")
     if not isinstance(name, str) or name not in known:
         raise _unknown(key, name, list(known))
     try:
         return known[name](**described)
     except TypeError as error:
-        raise ConfigError(
-            f"{key} {name!r} does not take {described}: {error}; see its class for its settings"
-        ) from error
+        takes = ", ".join(field.name for field in attrs.fields(known[name])) or "no settings"
+        raise ConfigError(f"{key} {name!r} does not take {described}: {error}; it takes {takes}") from error
 
 
 def _unknown(key: str, name: object, known: list[str]) -> UnknownNameError:

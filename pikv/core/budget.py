@@ -31,17 +31,17 @@ class Budget:
     _shared_for: list[int] | None = attrs.field(default=None, init=False)
     _shares: list[Tensor] = attrs.field(factory=list, init=False)
 
-    def tokens(self, layer_id: int, seen: Tensor) -> Tensor:
+    def tokens(self, layer_id: int, needs: Tensor) -> Tensor:
         """The tokens that each row of a layer may keep: int64 [sequences, kv_heads].
 
-        seen: int64 [sequences], the tokens offered so far. A row never needs more pages than hold what it has seen;
-        what it leaves goes to the others, where the allocator says. Shared out anew only when a sequence has come to
+        needs: int64 [sequences], the tokens that a row could take room for. What it leaves goes to the others, where
+        the allocator says. Shared out anew only when a sequence has come to
         need another page, and never once none is short of what it could get.
         """
         in_tail = self.tail_tokens + (self.budget_tokens - self.tail_tokens) % self.page_size
         heads = [layer.kv_heads for layer in self.model.layers]
         total = (self.budget_tokens - in_tail) // self.page_size * sum(heads)
-        needed = (-(-(seen - in_tail).clamp(min=0) // self.page_size)).clamp(max=total)
+        needed = (-(-(needs - in_tail).clamp(min=0) // self.page_size)).clamp(max=total)
         if needed.tolist() != self._shared_for:
             request = self._request(needed, total, in_tail)
             pages = self.allocator.layers(request)
@@ -53,12 +53,14 @@ class Budget:
         return self._shares[layer_id]
 
     def _request(self, needed: Tensor, total: int, in_tail: int) -> AllocationRequest:
-        """needed: int64 [sequences], the pages that hold all that a row without a window has seen."""
+        """needed: int64 [sequences], the pages that a row without a window could fill."""
         heads = [layer.kv_heads for layer in self.model.layers]
         widest = max(heads)
         exists = torch.tensor([head < count for count in heads for head in range(widest)]).view(len(heads), widest)
         windows = [layer.window for layer in self.model.layers]
-        within = [total if window is None else max(0, -(-(window - in_tail) // self.page_size)) for window in windows]
+        # A window slides a page at a time, and its oldest page may be mostly behind it: two pages more than it shows.
+        slack = 2 * self.page_size - in_tail
+        within = [total if window is None else max(0, -(-(window + slack) // self.page_size)) for window in windows]
         ceiling = torch.minimum(needed[:, None], torch.tensor(within))[..., None] * exists
         return AllocationRequest(
             budget_pages=torch.full_like(needed, total),

@@ -116,6 +116,8 @@ class PiKVCache:
         layer = self._read_layer(layer_id)
         config = layer.config
         tokens = layer.queried.shape[1]
+        if q.dim() == 4 and q.shape[2] and not tokens:
+            raise StateError(f"layer {layer_id}: its last update brought no tokens, or was cropped; call update first")
         shape = (layer.sequences, config.query_heads, tokens, config.key_dim)
         checks.tensor(self.model, "q", q, shape, "batch, query_heads, tokens of the last update, head_dim")
         if layer.settled and tokens > 1:
@@ -181,7 +183,7 @@ class PiKVCache:
             settling.decide(
                 layer,
                 selector=runtime.token_selector,
-                budget_tokens=None if self._budget is None else self._budget.tokens(layer.layer_id, layer.seen),
+                budget_tokens=None if self._budget is None else self._budget.tokens(layer.layer_id, layer.needs()),
                 tail_tokens=None if holds else runtime.tail_tokens,
             )
             for layer in layers

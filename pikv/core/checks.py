@@ -87,7 +87,8 @@ def increasing(held: LayerCache, placed: Tensor) -> None:
         sequence, token = torch.nonzero(back)[0].tolist()
         raise InputError(
             f"token_id must increase along a sequence: layer {held.layer_id}, sequence {sequence} has seen position "
-            f"{int(before[sequence, token])}, got {int(placed[sequence, token])}; crop the cache first to go back"
+            f"{int(before[sequence, token])}, got {int(placed[sequence, token])}; mark padding by -1, or crop the "
+            "cache first to go back"
         )
 
 

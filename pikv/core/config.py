@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import attrs
 import torch
@@ -37,6 +38,18 @@ def _positive(instance: object, attribute: attrs.Attribute[int], value: int) -> 
 def _optional_positive(instance: object, attribute: attrs.Attribute[int | None], value: int | None) -> None:
     if value is not None:
         _positive(instance, attribute, value)  # type: ignore[arg-type]  # the optional attribute, checked as a plain one
+
+
+def _is_a(port: type) -> Callable[[object, attrs.Attribute[Any], object], None]:
+    """A validator: None where that is the default, or an object of the port."""
+
+    def check(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
+        if not isinstance(value, port) and not (value is None and attribute.default is None):
+            raise ConfigError(
+                f"{attribute.name} must be a {port.__name__} object, got {value!r}; names go through pikv.runtime_from"
+            )
+
+    return check
 
 
 def _floats(logits: Iterable[float]) -> tuple[float, ...]:
@@ -171,18 +184,18 @@ class RuntimeConfig:
     several ranks decode together.
     """
 
-    compressor: Compressor = attrs.field(factory=Exact)
-    token_selector: TokenSelector = attrs.field(factory=KeepAll)
-    page_selector: PageSelector | None = None
-    allocator: Allocator | None = None
+    compressor: Compressor = attrs.field(factory=Exact, validator=_is_a(Compressor))
+    token_selector: TokenSelector = attrs.field(factory=KeepAll, validator=_is_a(TokenSelector))
+    page_selector: PageSelector | None = attrs.field(default=None, validator=_is_a(PageSelector))
+    allocator: Allocator | None = attrs.field(default=None, validator=_is_a(Allocator))
     budget_tokens: int | None = attrs.field(default=None, validator=_optional_positive)
-    router: Router | None = None
+    router: Router | None = attrs.field(default=None, validator=_is_a(Router))
     page_size: int = 64
     tail_tokens: int = attrs.field(default=128, validator=_positive)
-    when_full: FullPool = attrs.field(factory=Refuse)
+    when_full: FullPool = attrs.field(factory=Refuse, validator=_is_a(FullPool))
     backends: tuple[Backend, ...] = attrs.field(default=(TorchBackend(),), converter=tuple)
-    transport: Transport | None = None
-    sharding: Sharding | None = None
+    transport: Transport | None = attrs.field(default=None, validator=_is_a(Transport))
+    sharding: Sharding | None = attrs.field(default=None, validator=_is_a(Sharding))
 
     def __attrs_post_init__(self) -> None:
         if self.page_size not in PAGE_SIZES:
@@ -219,8 +232,8 @@ class RuntimeConfig:
         least = self.tail_tokens + -(-selector.sinks // self.page_size) * self.page_size
         if self.budget_tokens < least * self.places:
             raise ConfigError(
-                f"budget_tokens must be >= tail_tokens + the pages that hold the sinks = {least} on each of "
-                f"{self.places} ranks, got {self.budget_tokens}; raise it or lower tail_tokens"
+                f"budget_tokens must be >= ranks * (tail_tokens + the pages that hold the sinks) = {self.places} * "
+                f"{least}, got {self.budget_tokens}; raise it or lower tail_tokens"
             )
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import attrs
@@ -163,50 +164,64 @@ class LayerCache:
         pages = self.pages()
         return self.codec.form.view(pages.slab, "positions")[pages.rows.long()].cpu()
 
-    def view(self) -> TokenView:
-        """All slots as a policy sees them: the pages', page after page, then the tail's; -1 where there is no token."""
+    def occupied(self) -> Tensor:
+        """The tokens that each row takes room for, int64 [sequences, kv_heads]: a page counts whole."""
+        return self.table.counts * self.page_size + self.tail.lengths
+
+    def needs(self) -> Tensor:
+        """The tokens that a sequence has seen, or takes room for if that is more: int64 [sequences]."""
+        return torch.maximum(self.seen, self.occupied().amax(-1))
+
+    def slots(self) -> Tensor:
+        """The position in every slot, int32 [sequences, kv_heads, slots]: the pages', then the tail's; or EMPTY."""
         tail = self.tail.positions[..., : self.tail.width]
         if not self.table.width:
-            return self._view(tail)
+            return tail
         live = live_slots(self.table.live[..., : self.table.width], self.page_size)
         sealed = self.slot_positions().masked_fill(~live, EMPTY).flatten(2).to(tail.device)
-        return self._view(torch.cat([sealed, tail], dim=-1))
+        return torch.cat([sealed, tail], dim=-1)
 
-    def _view(self, positions: Tensor) -> TokenView:
-        window = self.newest_queries
-        return TokenView(
+    def view(self) -> tuple[TokenView, Tensor]:
+        """The tokens as a policy sees them, and the slot of each: int64 [sequences, kv_heads, tokens].
+
+        Each row's tokens stand from index 0 on; past a row's last one positions are EMPTY.
+        """
+        slots, window = self.slots(), self.newest_queries
+        held = slots != EMPTY
+        order = held.logical_not().int().sort(dim=-1, stable=True).indices[..., : int(held.sum(-1).amax())]
+        view = TokenView(
             layer_id=self.layer_id,
             layer=self.config,
-            positions=positions,
+            positions=slots.gather(-1, order),
             queries=None if window is None else window.queries,
             asked=None if window is None else window.positions,
-            decode=self._decode,
+            decode=functools.partial(self._decode, order),
         )
+        return view, order
 
-    def _decode(self) -> tuple[Tensor, Tensor]:
+    def _decode(self, order: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of the slots in this order, [sequences, kv_heads, tokens, dim]."""
         keys, values = (states[:, :, : self.tail.width] for states in (self.tail.keys, self.tail.values))
-        if not self.table.width:
-            return keys, values
-        pages = self.pages()
-        stored = pages.slab[pages.rows.flatten().long()]
-        sealed = self.codec.compressor.decode(self.codec.form, stored)
-        old_keys, old_values = (states.to(keys.dtype).unflatten(0, pages.rows.shape).flatten(2, 3) for states in sealed)
-        return torch.cat([old_keys, keys], dim=2), torch.cat([old_values, values], dim=2)
+        if self.table.width:
+            pages = self.pages()
+            stored = pages.slab[pages.rows.flatten().long()]
+            sealed = self.codec.compressor.decode(self.codec.form, stored)
+            old_keys, old_values = (
+                states.to(keys.dtype).unflatten(0, pages.rows.shape).flatten(2, 3) for states in sealed
+            )
+            keys, values = torch.cat([old_keys, keys], dim=2), torch.cat([old_values, values], dim=2)
+        places = order[..., None]
+        return (
+            keys.gather(2, places.expand(-1, -1, -1, keys.shape[-1])),
+            values.gather(2, places.expand(-1, -1, -1, values.shape[-1])),
+        )
 
     def context(self) -> ContextKV:
         """All tokens, decoded, each row's from index 0 on."""
-        view = self.view()
+        view, _ = self.view()
         mask = view.positions != EMPTY
-        order = mask.logical_not().int().sort(dim=-1, stable=True).indices[..., : int(mask.sum(-1).amax())]
-        mask = mask.gather(-1, order)
-
-        def aligned(states: Tensor) -> Tensor:
-            index = order[..., None].expand(*order.shape, states.shape[-1])
-            return states.gather(2, index).masked_fill(~mask[..., None], 0)
-
-        keys, values = self._decode()
-        positions = view.positions.gather(-1, order)
-        return ContextKV(keys=aligned(keys), values=aligned(values), positions=positions, mask=mask)
+        keys, values = (states.masked_fill(~mask[..., None], 0) for states in (view.keys, view.values))
+        return ContextKV(keys=keys, values=values, positions=view.positions, mask=mask)
 
     def select(self, index: Tensor) -> LayerCache:
         """A layer of the sequences at index int64 [n]; it holds their pages too."""

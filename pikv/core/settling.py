@@ -13,6 +13,7 @@ from torch import Tensor
 from pikv.core import sealing
 from pikv.core.errors import PoolFullError, StateError
 from pikv.core.eviction import Candidates, choose
+from pikv.core.exact import Refuse
 from pikv.core.layer import NEVER, LayerCache
 from pikv.core.ports.full_pool import FullPool
 from pikv.core.ports.selector import PageSelector, QueryTokenSelector, TokenSelector
@@ -51,7 +52,7 @@ def decide(
     nothing to do, as at most decoded tokens; what it costs to find that out does not grow with the context. A window
     slides a page at a time.
     """
-    over = budget_tokens is not None and bool((occupied_tokens(layer) > budget_tokens).any())
+    over = budget_tokens is not None and bool((layer.occupied() > budget_tokens).any())
     seals = tail_tokens is not None and bool((layer.tail.lengths >= tail_tokens + layer.page_size).any())
     bound = layer.unseen_from_now_on()
     slides = bound is not None and bool((bound >= layer.forgotten + layer.page_size).any())
@@ -85,10 +86,11 @@ def make_room(decisions: list[Decision], when_full: FullPool) -> None:
         while (short := pool.used_bytes + taken + decision.missing_bytes - pool.capacity_bytes) > 0:
             leaving = when_full.leaving(newest.masked_fill(~decision.pages, ABSENT), -(-short // stride))
             if leaving is None:
+                evict = " or compose when_full=EvictOldest()" if isinstance(when_full, Refuse) else ""
                 raise PoolFullError(
                     f"pool: layer {layer.layer_id} must seal {int(decision.seals.sum())} pages of {stride} bytes and "
                     f"{short} bytes are missing in capacity_bytes={pool.capacity_bytes} ({type(when_full).__name__}); "
-                    "raise it, give the layers a budget_tokens, drop sequences, or compose when_full=EvictOldest()"
+                    f"raise it, give the layers a budget_tokens, drop sequences{evict}"
                 )
             decision.pages = decision.pages & ~leaving
         taken += decision.missing_bytes
@@ -116,11 +118,6 @@ def _check_asked(layer: LayerCache, selector: TokenSelector) -> None:
         )
 
 
-def occupied_tokens(layer: LayerCache) -> Tensor:
-    """The tokens that each row takes room for, int64 [sequences, kv_heads]: a page counts whole."""
-    return layer.table.counts * layer.page_size + layer.tail.lengths
-
-
 def _slide(decision: Decision) -> None:
     """Leave out the pages that no later query sees, and the tail tokens once they would fill a page."""
     layer, bound = decision.layer, decision.layer.unseen_from_now_on()
@@ -134,15 +131,22 @@ def _slide(decision: Decision) -> None:
 
 def _evict(decision: Decision, selector: TokenSelector, budget_tokens: Tensor) -> None:
     """Leave out what scores lowest until each row is within its budget."""
-    layer, view = decision.layer, decision.layer.view()
-    slots = decision.pages.repeat_interleave(layer.page_size, dim=-1)
-    present = (view.positions != EMPTY) & torch.cat([slots, decision.tail], dim=-1).to(view.positions.device)
+    layer, positions = decision.layer, decision.layer.slots()
+    view, order = layer.view()
+    scores = selector.score(view)
+    if scores.device.type == "cpu" and bool(scores.masked_fill(view.positions == EMPTY, 0.0).isnan().any()):
+        raise StateError(
+            f"layer {layer.layer_id}: {type(selector).__name__} scored a token NaN; a score must say whether a token "
+            "stays, so mend its score()"
+        )
+    stays = torch.cat([decision.pages.repeat_interleave(layer.page_size, dim=-1), decision.tail], dim=-1)
+    present = (positions != EMPTY) & stays.to(positions.device)
     age = present.flip(-1).cumsum(-1).flip(-1)  # 1 for the newest present token, 2 for the one before
     first = (layer.first + selector.sinks)[:, None, None].to(present.device)
     candidates = Candidates(
-        scores=selector.score(view),
+        scores=torch.zeros(positions.shape, dtype=scores.dtype, device=scores.device).scatter(-1, order, scores),
         present=present,
-        protected=(view.positions < first) | (age <= selector.recent),
+        protected=(positions < first) | (age <= selector.recent),
         pages=layer.table.width,
         page_size=layer.page_size,
     )

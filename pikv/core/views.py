@@ -1,4 +1,4 @@
-"""What policies are shown of a cache. Nothing here can be changed through a view."""
+"""What policies are shown of a cache. They share memory with the cache: read them, and do not write to them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 class TokenView:
     """The stored tokens of one layer, oldest first.
 
-    positions: int32 [sequences, kv_heads, tokens]; -1 where there is no token.
+    positions: int32 [sequences, kv_heads, tokens]; each row's tokens stand from index 0 on, and past its last one there
+    is -1. There may be no tokens at all.
     queries: [sequences, query_heads, window, key_dim], the newest queries, and asked: int64 [sequences, window], their
     positions, -1 where a sequence has had fewer; None unless the selector asks for a window of queries.
     """

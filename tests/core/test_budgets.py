@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import pikv
+from pikv.core.ports import TokenSelector
 from pikv.core.rounding import apportion
 from pikv.policies import Recent, Uniform
 from pikv.testing import plain
@@ -235,3 +236,57 @@ def test_shares_are_in_proportion(weights, total, limits, expected):
     """Within the limits, by largest remainder."""
     floor, ceiling = (torch.full((len(weights),), limit) for limit in limits)
     assert apportion(torch.tensor(weights), torch.tensor(total), floor, ceiling).tolist() == expected
+
+
+def test_a_budget_that_cannot_bind_evicts_nothing():
+    """Also after a crop, or with a window that has half passed a page: a page weighs whole, and may be mostly dead."""
+    for window in (None, 40):
+        model = pikv.ModelConfig(layers=1, query_heads=2, kv_heads=1, head_dim=4, window=window)
+        roomy = pikv.compose(
+            model, token_selector=Recent(), budget_tokens=10**6 if window is None else 128, page_size=16, tail_tokens=16
+        )
+        free = pikv.compose(model, page_size=16, tail_tokens=16)
+        generator = torch.Generator().manual_seed(0)
+        steps = [(0, 200), (200, 1), *((201 + i, 1) for i in range(60))]
+        for position, count in steps:
+            k, v = torch.randn(2, 1, 1, count, 4, generator=generator)
+            q = torch.randn(1, 2, count, 4, generator=generator)
+            outputs = []
+            for cache in (roomy, free):
+                cache.update(0, position, k, v)
+                outputs.append(cache.attend(0, q))
+            torch.testing.assert_close(*outputs)
+            if window is None and position == 200:
+                for cache in (roomy, free):
+                    cache.crop(150)
+                steps[2:] = [(150 + i, 1) for i in range(60)]
+        assert torch.equal(roomy.retrieve(0).mask.sum(-1), free.retrieve(0).mask.sum(-1))
+
+
+def test_a_selector_is_shown_rows_without_gaps():
+    """In a batch of unequal lengths, what a selector sees of a sequence is what it sees of it alone."""
+    seen = []
+
+    @attrs.frozen(kw_only=True)
+    class Watching(TokenSelector):
+        sinks: int = 0
+        recent: int = 0
+
+        def score(self, view):
+            seen.append((view.positions.clone(), view.keys.clone()))
+            return view.positions
+
+    model = pikv.ModelConfig(layers=1, query_heads=1, kv_heads=1, head_dim=4)
+    cache = pikv.compose(model, token_selector=Watching(), budget_tokens=64, page_size=16, tail_tokens=16)
+    k, v = torch.randn(2, 2, 1, 80, 4)
+    positions = torch.stack([torch.arange(80), torch.where(torch.arange(80) < 30, -1, torch.arange(80) - 30)])
+    cache.update(0, positions, k, v)
+    cache.finish_prefill()
+    for position in range(80, 100):
+        cache.update(0, torch.tensor([[position], [position - 30]]), k[:, :, :1], v[:, :, :1])
+        cache.attend(0, torch.zeros(2, 1, 1, 4))
+    assert len(seen) > 2
+    for positions, keys in seen:
+        present = positions >= 0
+        assert bool((present.int().diff(dim=-1) <= 0).all())
+        assert keys.shape[:3] == positions.shape

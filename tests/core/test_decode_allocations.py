@@ -48,9 +48,8 @@ def allocated_by_a_step(*, context, layers=1):
     chunk = context // layers
     for start in range(0, context, chunk):  # with several layers their pages lie mixed
         for layer_id in range(layers):
-            k, v, q = tokens(chunk)
+            k, v, _ = tokens(chunk)
             cache.update(layer_id, start, k, v)
-            cache.attend(layer_id, q)
     for position in range(context, context + 3):  # two steps, in which a workspace is made, and the one measured
         k, v, q = tokens(1)
         with NewStorages() as new:

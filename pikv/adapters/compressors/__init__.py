@@ -1,5 +1,6 @@
 """Page formats, torch only: how the tokens of a sealed page become few bytes."""
 
 from pikv.adapters.compressors.affine import Int2, Int4, Int8
+from pikv.core.exact import Exact
 
-__all__ = ["Int2", "Int4", "Int8"]
+__all__ = ["Exact", "Int2", "Int4", "Int8"]
