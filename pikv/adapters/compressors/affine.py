@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, ClassVar, final
 
 import attrs
 import torch
@@ -19,10 +19,8 @@ LARGEST_GROUP = 32  # KIVI, arXiv 2402.02750, section 4
 _FLOAT16_MAX = torch.finfo(torch.float16).max
 
 
-@final
-@attrs.frozen
-class Int8(Compressor):
-    """8 bits an entry: keys per channel in groups of 32 tokens, values per token in groups of 32 channels.
+class KiviLayout(Compressor):
+    """Keys per channel in groups of 32 tokens, values per token in groups of 32 channels; `bits` an entry.
 
     Source of the layout: KIVI, arXiv 2402.02750, section 3. `Affine` states the bytes. A page holds no more than this:
     what is decoded differs from what was encoded by at most half its group's scale, and the rounding of one float32
@@ -32,14 +30,19 @@ class Int8(Compressor):
     Raises InputError, and writes nothing, for entries beyond float16's range.
     """
 
-    def form(self, layer: LayerConfig, *, page_size: int, dtype: torch.dtype) -> PageForm:
-        """Any page_size, key_dim and value_dim; the model's dtype makes no difference."""
-        return affine_form(8, layer, page_size)
+    bits: ClassVar[int]
 
+    @final
+    def form(self, layer: LayerConfig, *, page_size: int, dtype: torch.dtype) -> PageForm:
+        """Raises ConfigError for a page_size or value_dim that does not fill whole bytes; any dtype is the same."""
+        return affine_form(self.bits, layer, page_size)
+
+    @final
     def encode(self, form: PageForm, keys: Tensor, values: Tensor, positions: Tensor, out: Tensor) -> None:
         """See Compressor.encode; every byte of out is written, padding as 0."""
         write_pages(form, keys, values, positions, out)
 
+    @final
     def decode(self, form: PageForm, pages: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values in float32."""
         return read_pages(form, pages)
@@ -47,38 +50,26 @@ class Int8(Compressor):
 
 @final
 @attrs.frozen
-class Int4(Compressor):
-    """4 bits an entry, otherwise like Int8, the bound on the error included. value_dim must be a multiple of 2."""
+class Int8(KiviLayout):
+    """8 bits an entry; any page_size, key_dim and value_dim."""
 
-    def form(self, layer: LayerConfig, *, page_size: int, dtype: torch.dtype) -> PageForm:
-        """Raises ConfigError for a page_size or value_dim that does not fill whole bytes."""
-        return affine_form(4, layer, page_size)
-
-    def encode(self, form: PageForm, keys: Tensor, values: Tensor, positions: Tensor, out: Tensor) -> None:
-        """See Compressor.encode; every byte of out is written, padding as 0."""
-        write_pages(form, keys, values, positions, out)
-
-    def decode(self, form: PageForm, pages: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values in float32."""
-        return read_pages(form, pages)
+    bits = 8
 
 
 @final
 @attrs.frozen
-class Int2(Compressor):
-    """2 bits an entry, otherwise like Int8, the bound on the error included. value_dim must be a multiple of 4."""
+class Int4(KiviLayout):
+    """4 bits an entry; value_dim must be a multiple of 2."""
 
-    def form(self, layer: LayerConfig, *, page_size: int, dtype: torch.dtype) -> PageForm:
-        """Raises ConfigError for a page_size or value_dim that does not fill whole bytes."""
-        return affine_form(2, layer, page_size)
+    bits = 4
 
-    def encode(self, form: PageForm, keys: Tensor, values: Tensor, positions: Tensor, out: Tensor) -> None:
-        """See Compressor.encode; every byte of out is written, padding as 0."""
-        write_pages(form, keys, values, positions, out)
 
-    def decode(self, form: PageForm, pages: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values in float32."""
-        return read_pages(form, pages)
+@final
+@attrs.frozen
+class Int2(KiviLayout):
+    """2 bits an entry; value_dim must be a multiple of 4."""
+
+    bits = 2
 
 
 def affine_form(bits: int, layer: LayerConfig, page_size: int) -> PageForm:
