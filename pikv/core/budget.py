@@ -11,7 +11,7 @@ from torch import Tensor
 from pikv.core.views import AllocationRequest
 
 if TYPE_CHECKING:
-    from pikv.core.config import ModelConfig
+    from pikv.core.config import ModelConfig, RuntimeConfig
     from pikv.core.ports import Allocator
 
 
@@ -30,6 +30,20 @@ class Budget:
     sinks: int
     _shared_for: list[int] | None = attrs.field(default=None, init=False)
     _shares: list[Tensor] = attrs.field(factory=list, init=False)
+
+    @classmethod
+    def of(cls, model: ModelConfig, runtime: RuntimeConfig) -> Budget | None:
+        """This place's share of the runtime's budget; None if it has none."""
+        if runtime.budget_tokens is None or runtime.allocator is None:
+            return None
+        return cls(
+            model=model,
+            allocator=runtime.allocator,
+            budget_tokens=runtime.budget_tokens // runtime.places,
+            tail_tokens=runtime.tail_tokens,
+            page_size=runtime.page_size,
+            sinks=runtime.token_selector.sinks,
+        )
 
     def tokens(self, layer_id: int, needs: Tensor) -> Tensor:
         """The tokens that each row of a layer may keep: int64 [sequences, kv_heads].

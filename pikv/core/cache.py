@@ -9,8 +9,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from pikv.core import attention, checks, reading, settling
-from pikv.core.attention import Partial
+from pikv.core import checks, places, reading, settling
 from pikv.core.budget import Budget
 from pikv.core.config import ModelConfig, RuntimeConfig
 from pikv.core.errors import ConfigError, InputError, StateError
@@ -42,26 +41,13 @@ class PiKVCache:
         self.pool = PagePool(model, self.runtime) if pool is None else pool
         if self.pool.device != model.device:
             raise ConfigError(f"pool must be on {model.device} like the model, got one on {self.pool.device}")
-        self._budget = self._make_budget()
+        self._budget = Budget.of(model, self.runtime)
         self._served = serve(model, self.runtime)
         for served in self._served:
             self.pool.check_serves(served.codec, self.runtime.page_selector)
         self._layers: dict[int, LayerCache] = {}
         self._prefilling = True
         weakref.finalize(self, _abandon, self._layers)
-
-    def _make_budget(self) -> Budget | None:
-        runtime = self.runtime
-        if runtime.budget_tokens is None or runtime.allocator is None:
-            return None
-        return Budget(
-            model=self.model,
-            allocator=runtime.allocator,
-            budget_tokens=runtime.budget_tokens // runtime.places,
-            tail_tokens=runtime.tail_tokens,
-            page_size=runtime.page_size,
-            sinks=runtime.token_selector.sinks,
-        )
 
     # --- writing and reading
 
@@ -89,18 +75,11 @@ class PiKVCache:
         if k.shape[2] >= self.runtime.page_size:
             self._prefilling = True
         self._layers[layer_id] = layer
-        layer.append(k, v, positions, self._stored_here(positions))
+        layer.append(k, v, positions, places.stored_here(self.runtime, positions))
 
     def _empty_layer(self, layer_id: int, k: Tensor, v: Tensor) -> LayerCache:
         served = self._served[layer_id]
         return LayerCache.empty(layer_id, served.codec, self.pool, k, v)
-
-    def _stored_here(self, positions: Tensor) -> Tensor:
-        """Positions with -1 for the tokens that another place stores."""
-        transport, sharding = self.runtime.transport, self.runtime.sharding
-        if transport is None or sharding is None:
-            return positions
-        return positions.masked_fill(sharding.owner(positions, transport.size) != transport.rank, -1)
 
     @keeps_numbers
     def attend(self, layer_id: int, q: Tensor) -> Tensor:
@@ -138,22 +117,13 @@ class PiKVCache:
         grouped = q.unflatten(1, (layer.config.kv_heads, layer.config.group))
         kernel, selector = self._served[layer.layer_id].kernel, self.runtime.token_selector
         stored = reading.attend(layer, kernel, grouped, layer.queried, self.runtime.page_selector)
-        partial = reading.with_sinks(layer, self._merged(stored))
+        partial = reading.with_sinks(layer, places.merged(self.runtime, stored))
         output = partial.output.flatten(1, 2).to(q.dtype)
         padding = layer.queried < 0
         if bool(padding.any()):
             output = output.masked_fill(padding[:, None, :, None].to(output.device), 0)
         layer.ask(q, selector.window if isinstance(selector, QueryTokenSelector) else None)
         return output
-
-    def _merged(self, partial: Partial) -> Partial:
-        """The partials of all places merged; every place gets the same result."""
-        transport = self.runtime.transport
-        if transport is None or transport.size == 1:
-            return partial
-        packed = torch.cat([partial.output, partial.log_sum_exp[..., None]], dim=-1)
-        gathered = transport.all_gather(packed)
-        return attention.merge([Partial(part[..., :-1], part[..., -1]) for part in gathered])
 
     def retrieve(self, layer_id: int) -> ContextKV:
         """The stored tokens of a layer, decoded, oldest first: for an attention of the caller's own."""

@@ -8,7 +8,7 @@ import torch
 
 import pikv
 from pikv.core.tail import Tail
-from pikv.policies import Recent
+from pikv.policies import Pyramid, Recent
 from pikv.testing.plain import PlainCache, check_holds
 
 MODEL = pikv.ModelConfig(layers=1, query_heads=4, kv_heads=2, head_dim=8)
@@ -249,14 +249,19 @@ def test_sinks_begin_where_the_sequence_begins():
     assert cache.retrieve(0).positions[0, 0].tolist() == [100, 101, *range(150, 180)]
 
 
-def test_a_cropped_sequence_may_fill_its_budget_again():
-    """What it has forgotten does not count as seen."""
-    cache = pikv.compose(MODEL, token_selector=Recent(sinks=0), budget_tokens=64, page_size=16, tail_tokens=16)
-    for start, tokens in [(0, 100), (10, 30)]:
+def test_what_is_forgotten_does_not_count_as_seen():
+    """A sequence cropped to less than its budget is kept whole, in the top layers of a pyramid too."""
+    model = pikv.ModelConfig(layers=4, query_heads=4, kv_heads=2, head_dim=8)
+    settings = {"budget_tokens": 64, "page_size": 16, "tail_tokens": 16}
+    cache = pikv.compose(model, token_selector=Recent(sinks=0), allocator=Pyramid(), **settings)
+    for start, tokens in [(0, 200), (10, 50)]:
         cache.crop(10)
-        cache.update(0, start, *torch.ones(2, 1, 2, tokens, 8))
-        cache.attend(0, torch.ones(1, 4, tokens, 8))
-    assert cache.retrieve(0).mask.sum() == 2 * 30
+        for layer_id in range(4):
+            cache.update(layer_id, start, *torch.ones(2, 1, 2, tokens, 8))
+            cache.attend(layer_id, torch.ones(1, 4, tokens, 8))
+    for layer_id in range(4):
+        assert cache.retrieve(layer_id).positions.max() == 59
+        assert (cache.retrieve(layer_id).positions >= 10).sum() == 2 * 50
 
 
 def test_without_attend_a_layer_settles_at_its_next_update():
