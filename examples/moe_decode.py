@@ -44,11 +44,11 @@ Value = TypeVar("Value")
 
 
 def default_prompt() -> str:
-    """Some source of the standard library with pairs hidden in it, about 1500 characters, then the question for one."""
+    """Source of the standard library with pairs hidden in it, about 1500 characters; two answers and a question."""
     rows = inspect.getsource(textwrap)[:1440].split("\n")
     for number, (key, value) in enumerate(PAIRS.items()):
         rows.insert(3 + 7 * number, f"@{key}{value}")
-    return "\n".join(rows) + "\n@Q"
+    return "\n".join([*rows, f"@B{PAIRS['B']}", f"@7{PAIRS['7']}", "@Q"])
 
 
 class Parser(argparse.ArgumentParser):
