@@ -147,6 +147,28 @@ def test_what_stays_equals_a_slow_reference(model, runtime, batch, sizes, genera
             assert max(len(row) for sequence in held for row in sequence) <= runtime.budget_tokens
 
 
+@attrs.frozen(kw_only=True)
+class Oldest(TokenSelector):
+    """The older, the higher: all that keeps the newest tokens is that they are protected."""
+
+    sinks: int = 0
+    recent: int = 0
+
+    def score(self, view):
+        return -view.positions
+
+
+@pytest.mark.parametrize("recent", [0, 1, 7, 16])
+def test_the_recent_window_stays_whatever_its_score(recent):
+    """And no token more: the others that stay are those of the highest score."""
+    model = pikv.ModelConfig(layers=1, query_heads=1, kv_heads=1, head_dim=4)
+    selector = Oldest(recent=recent)
+    cache = pikv.compose(model, token_selector=selector, budget_tokens=48, page_size=16, tail_tokens=16)
+    cache.update(0, 0, *torch.ones(2, 1, 1, 100, 4))
+    cache.attend(0, torch.ones(1, 1, 100, 4))
+    assert cache.retrieve(0).positions[0, 0].tolist() == [*range(48 - recent), *range(100 - recent, 100)]
+
+
 def over_exactly(everything, layer_id, rows, q, positions):
     """Attention in float64 over the tokens of all that were ever given that the rows hold."""
     only = plain.PlainCache(everything.model, {layer_id: []})
