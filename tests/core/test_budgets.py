@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import pikv
 from pikv.core.ports import TokenSelector
 from pikv.core.rounding import apportion
-from pikv.policies import Recent, Uniform
+from pikv.policies import Pyramid, Recent, Uniform
 from pikv.testing import plain
 from pikv.testing import strategies as some
 
@@ -145,6 +145,25 @@ def test_what_stays_equals_a_slow_reference(model, runtime, batch, sizes, genera
             held = positions_of(cache.retrieve(layer_id))
             assert held == [[row.held()] * layer.kv_heads for row in rows[layer_id]]
             assert max(len(row) for sequence in held for row in sequence) <= runtime.budget_tokens
+
+
+@pytest.mark.parametrize("sinks", [0, 4, 20])
+def test_every_layer_has_room_for_its_sinks(sinks):
+    """Where an allocator would give a layer less than is protected there, the others get less: the mean is kept to."""
+    model = pikv.ModelConfig(layers=8, query_heads=1, kv_heads=1, head_dim=4)
+    selector = Recent(sinks=sinks, recent=16)
+    cache = pikv.compose(
+        model, token_selector=selector, allocator=Pyramid(), budget_tokens=64, page_size=16, tail_tokens=16
+    )
+    for position, tokens in [(0, 300), *((position, 1) for position in range(300, 340))]:
+        for layer_id in range(8):
+            cache.update(layer_id, position, *torch.ones(2, 1, 1, tokens, 4))
+            cache.attend(layer_id, torch.ones(1, 1, tokens, 4))
+        held = [set(cache.retrieve(layer_id).positions[0, 0].tolist()) for layer_id in range(8)]
+        protected = {*range(sinks), *range(position + tokens - 16, position + tokens)}
+        assert all(protected <= positions for positions in held)
+        assert len(held[0]) > len(held[-1])
+        assert sum(map(len, held)) <= 64 * 8
 
 
 @attrs.frozen(kw_only=True)
