@@ -147,29 +147,40 @@ class PiKVCache:
 
     def _settle(self, *layers: LayerCache) -> None:
         """Evict to budget, slide windows and seal in these layers: in all of them, or in none if the pool is full."""
-        runtime = self.runtime
-        holds = self._budget is not None and self._prefilling  # survivors of a prompt wait in the tail, exact
+        self._carry_out(self._decide(layers))
+        self._settled(layers)
+
+    @property
+    def _holds(self) -> bool:
+        """Whether the survivors of a prompt wait in the tail, exact."""
+        return self._budget is not None and self._prefilling
+
+    def _decide(self, layers: Iterable[LayerCache]) -> list[settling.Decision]:
         decided = (
             settling.decide(
                 layer,
-                selector=runtime.token_selector,
+                selector=self.runtime.token_selector,
                 budget_tokens=None if self._budget is None else self._budget.tokens(layer.layer_id, layer.needs()),
-                tail_tokens=None if holds else runtime.tail_tokens,
+                tail_tokens=None if self._holds else self.runtime.tail_tokens,
             )
             for layer in layers
         )
-        decisions = [decision for decision in decided if decision is not None]
+        return [decision for decision in decided if decision is not None]
+
+    def _carry_out(self, decisions: list[settling.Decision]) -> None:
         with self.pool.locked():
-            settling.make_room(decisions, runtime.when_full)
+            settling.make_room(decisions, self.runtime.when_full)
             for decision in decisions:
-                settling.carry_out(decision, runtime.page_selector)
-        for layer in layers:
-            layer.settled = True
-            if not holds:
-                layer.tail.shrink(runtime.tail_tokens + 2 * runtime.page_size)
+                settling.carry_out(decision, self.runtime.page_selector)
         of_prompt = decisions and decisions[-1].layer.queried.shape[1] > 1
         if of_prompt and self._budget is not None and decisions[-1].layer.layer_id == len(self.model.layers) - 1:
             trim()  # once for each chunk, when it has gone through all layers
+
+    def _settled(self, layers: Iterable[LayerCache]) -> None:
+        for layer in layers:
+            layer.settled = True
+            if not self._holds:
+                layer.tail.shrink(self.runtime.tail_tokens + 2 * self.runtime.page_size)
 
     def _read_layer(self, layer_id: int) -> LayerCache:
         checks.layer(self.model, layer_id)
@@ -238,8 +249,10 @@ class PiKVCache:
                 f"join: this cache has tokens in layers {sorted(self._layers)}, the other in {sorted(other._layers)}; "
                 "join between steps, when every layer has been updated"
             )
-        for cache in (self, other):
-            cache._settle(*(layer for layer in cache._layers.values() if not layer.settled))
+        pending = [(cache, [layer for layer in cache._layers.values() if not layer.settled]) for cache in (self, other)]
+        self._carry_out([decision for cache, layers in pending for decision in cache._decide(layers)])
+        for cache, layers in pending:
+            cache._settled(layers)
         parts = {i: [*([self._layers[i]] if self._layers else []), theirs] for i, theirs in other._layers.items()}
         self._replace({i: functools.partial(LayerCache.joined, layers) for i, layers in parts.items()})
         self._prefilling = self._prefilling or other._prefilling

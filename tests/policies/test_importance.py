@@ -90,12 +90,12 @@ def test_kept_tokens_are_those_of_the_formula(seed: int, pages: int, extra: int,
     keys, values = torch.randn(2, 1, 2, total, 8, generator=generator)
     queries = torch.randn(1, 4, total, 8, generator=generator)
     plain = [Reference(budget) for _ in range(2)]
-    position = 0
+    position, prompt = 0, True
     for turn in turns:
         for count in [*turn, *[1] * 12]:
             span = slice(position, position + count)
             cache.update(0, position, keys[:, :, span], values[:, :, span])
-            prompt = count > 1
+            prompt = count >= PAGE_SIZE or (prompt and count > 1)  # a short update does not begin a prompt
             for head, row in enumerate(plain):
                 if not prompt:
                     row.settle(keys[0, head], queries[0, 2 * head : 2 * head + 2], seal=True)
