@@ -249,7 +249,8 @@ class PiKVCache:
                 f"join: this cache has tokens in layers {sorted(self._layers)}, the other in {sorted(other._layers)}; "
                 "join between steps, when every layer has been updated"
             )
-        pending = [(cache, [layer for layer in cache._layers.values() if not layer.settled]) for cache in (self, other)]
+        caches = [self] if other is self else [self, other]
+        pending = [(cache, [layer for layer in cache._layers.values() if not layer.settled]) for cache in caches]
         self._carry_out([decision for cache, layers in pending for decision in cache._decide(layers)])
         for cache, layers in pending:
             cache._settled(layers)

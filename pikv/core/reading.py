@@ -1,11 +1,14 @@
-"""How a layer is read: sealed pages by a backend's kernel, the tail by the oracle, merged by log-sum-exp."""
+"""How a layer is read: sealed pages by a backend's kernel, the tail by torch, merged by log-sum-exp."""
 
 from __future__ import annotations
+
+import functools
+import math
 
 import torch
 from torch import Tensor
 
-from pikv.core import attention
+from pikv.core import attention, fused
 from pikv.core.attention import Partial
 from pikv.core.layer import LayerCache
 from pikv.core.ports.backend import AttendKernel, Pages
@@ -13,7 +16,7 @@ from pikv.core.ports.selector import PageSelector
 from pikv.core.selection import best_pages
 from pikv.core.tail import EMPTY
 
-SCORES_AT_ONCE = 1 << 21  # entries of the score matrix that a prompt's attention holds at a time
+SCORES_AT_ONCE = 1 << 21  # entries of the mask that a prompt's attention holds at a time, where it needs one
 
 
 def attend(
@@ -30,8 +33,7 @@ def attend(
     if layer.table.width:
         pages = _pages_to_read(layer, query, page_selector)
         folded = kernel(query.flatten(2, 3), pages, oldest=_oldest(layer, positions))
-        shape = query.shape[2:4]
-        parts.append(Partial(folded.output.unflatten(2, shape), folded.log_sum_exp.unflatten(2, shape)))
+        parts.append(_unfold(folded, query))
     return attention.merge(parts)
 
 
@@ -66,21 +68,55 @@ def _oldest(layer: LayerCache, positions: Tensor) -> Tensor | None:
 
 
 def _attend_tail(layer: LayerCache, query: Tensor, positions: Tensor) -> Partial:
-    sequences, kv_heads, group, tokens = query.shape[:4]
-    asked = positions.to(query.device)
-    at_once = max(1, SCORES_AT_ONCE // max(1, sequences * kv_heads * group * layer.tail.width))
-    blocks = [slice(start, start + at_once) for start in range(0, max(1, tokens), at_once)]
-    parts = [_attend_block(layer, query[:, :, :, block], asked[:, block], causal=tokens > 1) for block in blocks]
+    tokens, width = query.shape[3], layer.tail.width
+    if tokens <= 1:
+        return _attend_block(layer, query, positions, causal=False)
+    if _in_order(layer, positions):
+        return _attend_in_order(layer, query)
+    at_once = max(1, SCORES_AT_ONCE // max(1, math.prod(query.shape[:3]) * width))
+    blocks = [slice(start, start + at_once) for start in range(0, tokens, at_once)]
+    parts = [_attend_block(layer, query[:, :, :, block], positions[:, block], causal=True) for block in blocks]
     return Partial(
         torch.cat([part.output for part in parts], dim=3), torch.cat([part.log_sum_exp for part in parts], dim=3)
     )
 
 
-def _attend_block(layer: LayerCache, query: Tensor, asked: Tensor, *, causal: bool) -> Partial:
+def _in_order(layer: LayerCache, positions: Tensor) -> bool:
+    """Whether all rows end in the same new tokens, and every query sees all that is no newer than itself."""
+    tail, tokens, window = layer.tail, positions.shape[1], layer.config.window
+    if not tail.even or tail.width < tokens:
+        return False
+    newest = tail.positions[:, :, tail.width - tokens : tail.width]
+    if not bool((newest == positions[:, None].to(newest)).all()):  # padding, or other places' tokens
+        return False
+    return window is None or bool((positions[:, -1] - layer.first < window).all())
+
+
+def _attend_in_order(layer: LayerCache, query: Tensor) -> Partial:
+    """What stood in the tail before is seen by every query; the new tokens see each other causally."""
+    tokens, width = query.shape[3], layer.tail.width
+    old, new = slice(0, width - tokens), slice(width - tokens, width)
+    keys, values, config = layer.tail.keys, layer.tail.values, layer.config
+    run = functools.partial(fused.attend_causal, scale=config.scale, softcap=config.softcap)
+    part = run(query, keys[:, :, new], values[:, :, new])
+    if width == tokens:
+        return part
+    run = functools.partial(fused.attend, scale=config.scale, softcap=config.softcap)
+    before = run(query.flatten(2, 3), keys[:, :, old], values[:, :, old])
+    return attention.merge([part, _unfold(before, query)])
+
+
+def _unfold(folded: Partial, query: Tensor) -> Partial:
+    """[sequences, kv_heads, group * tokens, ...] to [sequences, kv_heads, group, tokens, ...]."""
+    shape = query.shape[2:4]
+    return Partial(folded.output.unflatten(2, shape), folded.log_sum_exp.unflatten(2, shape))
+
+
+def _attend_block(layer: LayerCache, query: Tensor, positions: Tensor, *, causal: bool) -> Partial:
     """One token a sequence sees all that the tail holds; of several, each sees what is no newer than itself."""
     width, (group, tokens) = layer.tail.width, query.shape[2:4]
     held = layer.tail.positions[:, :, None, :width]  # [sequences, kv_heads, 1, width]
-    asked = asked[:, None, :, None]  # [sequences, 1, tokens, 1]
+    asked = positions.to(query.device)[:, None, :, None]  # [sequences, 1, tokens, 1]
     rules = []
     if not layer.tail.even:
         rules.append(held != EMPTY)
@@ -94,12 +130,7 @@ def _attend_block(layer: LayerCache, query: Tensor, asked: Tensor, *, causal: bo
         for rule in rules[1:]:
             mask = mask & rule
         mask = mask.expand(-1, -1, tokens, -1).repeat(1, 1, group, 1)
-    part = attention.attend(
-        query.flatten(2, 3),
-        layer.tail.keys[:, :, :width],
-        layer.tail.values[:, :, :width],
-        scale=layer.config.scale,
-        softcap=layer.config.softcap,
-        mask=mask,
-    )
-    return Partial(part.output.unflatten(2, (group, tokens)), part.log_sum_exp.unflatten(2, (group, tokens)))
+    keys, values = layer.tail.keys[:, :, :width], layer.tail.values[:, :, :width]
+    run = fused.attend if causal else attention.attend  # for one query the kernel would cost more than it saves
+    part = run(query.flatten(2, 3), keys, values, scale=layer.config.scale, softcap=layer.config.softcap, mask=mask)
+    return _unfold(part, query)

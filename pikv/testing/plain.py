@@ -119,6 +119,15 @@ class PlainCache:
         self.rows.clear()
 
 
+def rounding(dtype: torch.dtype) -> dict[str, float]:
+    """How near, as `assert_close` takes it, an answer comes to the plain one where values are a few at most.
+
+    Half types: a prompt's softmax weights are rounded, and the output.
+    """
+    eps = torch.finfo(dtype).eps
+    return {"atol": 1e-5, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 2 * eps, "rtol": eps}
+
+
 def check_holds(cache: PiKVCache, plain: PlainCache) -> None:
     """Raise AssertionError unless `retrieve` gives back, bit for bit, what the plain cache holds, and nothing else.
 

@@ -13,19 +13,14 @@ from hypothesis import strategies as st
 import pikv
 from pikv.core import attention, reading, torch_backend
 from pikv.testing import strategies as some
-from pikv.testing.plain import PlainCache, check_holds
+from pikv.testing.plain import PlainCache, check_holds, rounding
 
 pytestmark = pytest.mark.property
 
 
-def tolerance(dtype):
-    """Float32: 1e-5. Half types: sums are in float32 too, so all that is added is one rounding of the output."""
-    return {"atol": 1e-5, "rtol": 1e-5 if dtype == torch.float32 else torch.finfo(dtype).eps}
-
-
 def assert_near(output, expected):
     assert output.shape == expected.shape
-    torch.testing.assert_close(output.double(), expected, **tolerance(output.dtype))
+    torch.testing.assert_close(output.double(), expected, **rounding(output.dtype))
 
 
 def new_tokens(generator, model, layer, batch, tokens):
@@ -137,7 +132,7 @@ def test_a_batch_answers_as_its_sequences_alone(case, data):
     together = outputs(case, sizes)
     for number in range(len(case.positions)):
         for output, expected in zip(together, outputs(case.sequence(number), sizes), strict=True):
-            torch.testing.assert_close(output[number : number + 1], expected, **tolerance(output.dtype))
+            torch.testing.assert_close(output[number : number + 1], expected, **rounding(output.dtype))
 
 
 @given(case=cases(max_batch=1, max_tokens=40))

@@ -380,6 +380,17 @@ def test_join_leaves_the_other_as_it_is():
     assert other.cache.stored_bytes() == before
 
 
+def test_a_cache_joins_itself_before_it_is_settled():
+    """Its layers are settled once: tokens that were retrieved and wait to be sealed are sealed, and then doubled."""
+    cache = pikv.PiKVCache(MODEL, pikv.RuntimeConfig(page_size=16, tail_tokens=1))
+    k = torch.randn(1, 2, 40, 8)
+    for layer_id in range(len(MODEL.layers)):
+        cache.update(layer_id, 0, k, k)
+    cache.join(cache)
+    for layer_id in range(len(MODEL.layers)):
+        assert torch.equal(cache.retrieve(layer_id).keys, torch.cat([k, k]))
+
+
 def test_a_device_may_be_written_with_or_without_its_number():
     """The tensors of 'cpu:0' are on 'cpu', as those of 'cuda' are on 'cuda:0'."""
     model = pikv.ModelConfig(layers=1, query_heads=4, kv_heads=2, head_dim=8, device="cpu:0")

@@ -11,7 +11,7 @@ import pikv
 from pikv.core.ports.transport import Solo
 from pikv.policies import TokenRange
 from pikv.testing import strategies as some
-from pikv.testing.plain import PlainCache
+from pikv.testing.plain import PlainCache, rounding
 from pikv.testing.transport import run_ranks
 
 
@@ -52,8 +52,7 @@ def test_every_rank_answers_as_if_it_held_everything(model, ranks, tokens, total
 
     results = run_ranks(ranks, rank)
     for output, stored in results:
-        rounding = 1e-5 if model.dtype == torch.float32 else torch.finfo(model.dtype).eps
-        torch.testing.assert_close(output.double(), torch.cat(expected, dim=2), atol=1e-5, rtol=rounding)
+        torch.testing.assert_close(output.double(), torch.cat(expected, dim=2), **rounding(model.dtype))
         assert torch.equal(output, results[0][0])
         owner = (stored[stored >= 0] // tokens) % ranks
         assert owner.unique().numel() <= 1

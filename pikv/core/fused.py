@@ -1,0 +1,79 @@
+"""Attention for many queries by torch's fused kernel, which holds no score matrix; the oracle where it cannot."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pikv.core import attention
+from pikv.core.attention import Partial
+
+# What scaled_dot_product_attention calls on a CPU. It also returns the log-sum-exp, which the public function keeps.
+_kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def attend(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    mask: Tensor | None = None,
+) -> Partial:
+    """As `attention.attend`, for [sequences, heads, queries, key_dim] and [sequences, heads, tokens, dim].
+
+    For a half-precision query the softmax weights and the output are rounded to half precision, once each.
+    """
+    if softcap is not None or not _fits(query, keys):
+        return attention.attend(query, keys, values, scale=scale, softcap=softcap, mask=mask)
+    bias = None
+    if mask is not None:
+        seen = mask.expand(-1, -1, query.shape[2], keys.shape[2])
+        bias = query.new_zeros(seen.shape).masked_fill_(~seen, -math.inf)
+    partial = _run(query, keys, values, scale=scale, bias=bias)
+    if mask is None:
+        return partial
+    return Partial(partial.output, partial.log_sum_exp.masked_fill(~seen.any(-1), -torch.inf))  # the kernel says 0
+
+
+def attend_causal(
+    query: Tensor, keys: Tensor, values: Tensor, *, scale: float, softcap: float | None = None
+) -> Partial:
+    """Attention of new tokens to each other, each to itself and those before.
+
+    query [sequences, kv_heads, group, tokens, key_dim], keys [sequences, kv_heads, tokens, key_dim] and values; the
+    Partial has the shape [sequences, kv_heads, group, tokens, ...].
+    """
+    sequences, kv_heads, group, tokens = query.shape[:4]
+    if softcap is not None or not _fits(query, keys):
+        causal = torch.ones(tokens, tokens, dtype=torch.bool, device=query.device).tril()
+        return attention.attend(query, keys[:, :, None], values[:, :, None], scale=scale, softcap=softcap, mask=causal)
+    each = (states[:, :, None].expand(-1, -1, group, -1, -1).flatten(1, 2) for states in (keys, values))
+    partial = _run(query.flatten(1, 2), *each, scale=scale, causal=True)
+    shape = (sequences, kv_heads, group)
+    return Partial(partial.output.unflatten(1, shape[1:]), partial.log_sum_exp.unflatten(1, shape[1:]))
+
+
+def _fits(query: Tensor, keys: Tensor) -> bool:
+    return query.device.type == "cpu" and query.dtype in _DTYPES and bool(query.numel() and keys.shape[2])
+
+
+def _run(
+    query: Tensor, keys: Tensor, values: Tensor, *, scale: float, bias: Tensor | None = None, causal: bool = False
+) -> Partial:
+    """The kernel wants one size of head, and channels side by side; it does not look at other strides of them."""
+    width, value_dim = max(keys.shape[-1], values.shape[-1]), values.shape[-1]
+    states = (_as_wide(each, width) for each in (query, keys.to(query.dtype), values.to(query.dtype)))
+    output, log_sum_exp = _kernel(*states, is_causal=causal, attn_mask=bias, scale=scale)
+    return Partial(output[..., :value_dim].float(), log_sum_exp)
+
+
+def _as_wide(states: Tensor, width: int) -> Tensor:
+    if states.shape[-1] < width:
+        return F.pad(states, (0, width - states.shape[-1]))
+    return states if states.stride(-1) == 1 else states.contiguous()
