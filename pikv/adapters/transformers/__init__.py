@@ -1,0 +1,7 @@
+"""PiKV as the cache of a transformers model. Importing this needs transformers: `pip install pikv[transformers]`."""
+
+from pikv.adapters.transformers.cache import HostCache
+from pikv.adapters.transformers.families import model_config, supported_families
+from pikv.adapters.transformers.host import Host, attach
+
+__all__ = ["Host", "HostCache", "attach", "model_config", "supported_families"]

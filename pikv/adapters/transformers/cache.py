@@ -1,0 +1,134 @@
+"""A transformers Cache whose layers are PiKV's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from pikv.adapters.transformers.latent import LatentKV
+from pikv.adapters.transformers.padding import Seen
+from pikv.adapters.transformers.step import Step
+from pikv.core.cache import PiKVCache
+from pikv.core.errors import InputError, StateError
+
+
+class HostCache(Cache):
+    """Pass it as `past_key_values` to the model that it was made for. One batch, as PiKVCache is.
+
+    pikv: the PiKVCache behind it, for `stored_bytes()`, `describe()` and the rest. Positions are places in the padded
+    sequence, as transformers counts them in masks and windows.
+    """
+
+    def __init__(self, pikv: PiKVCache, latent: LatentKV | None = None) -> None:
+        self.pikv = pikv
+        self._latent = latent
+        self._seen = Seen.nothing()
+        self._step: Step | None = None
+        super().__init__(layers=[HostLayer(self, layer_id) for layer_id in range(len(pikv.model.layers))])
+
+    # --- a forward call
+
+    def begin(self, batch: int, tokens: int, mask: Tensor | None) -> Step:
+        """Start a forward call over new tokens. mask: [batch, tokens seen and new], 0 where there is padding."""
+        held = self.pikv.sequences
+        if held and batch != held:
+            raise InputError(
+                f"this cache holds {held} sequences, got a batch of {batch}; use batch_repeat_interleave or "
+                "batch_select_indices, or a new cache"
+            )
+        self._step = Step(self.pikv, self._seen.positions(batch, tokens, mask), mask, self._latent)
+        return self._step
+
+    def finish(self, step: Step) -> None:
+        """End a forward call. One that did not get through all layers is taken back."""
+        self._step = None
+        if step.complete:
+            self._seen = self._seen.followed_by(step.positions, step.mask)
+        elif self.pikv.sequences:
+            self.pikv.crop(self._seen.length)
+
+    def take(self, layer_id: int, keys: Tensor, values: Tensor) -> None:
+        """Store a layer's new tokens."""
+        if self._step is None:
+            raise StateError(
+                "this cache was passed to a model that PiKV is not attached to (any more); call "
+                "pikv.adapters.transformers.attach(model, runtime), and use the caches that its host makes"
+            )
+        self._step.take(layer_id, keys, values)
+
+    # --- what transformers asks
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """The tokens seen, padding and evicted ones included."""
+        return self._seen.length
+
+    def reset(self) -> None:
+        """Forget everything; the next call may bring another batch."""
+        self.pikv.reset()
+        self._seen = Seen.nothing()
+
+    def crop(self, max_length: int) -> None:
+        """Keep the first max_length tokens; a negative number says how many to forget."""
+        length = max_length if max_length > 0 else max(0, self._seen.length + max_length)
+        if length < self._seen.length and self.pikv.sequences:
+            self.pikv.crop(length)
+            self._seen = self._seen.cropped(length)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Make sequence i what sequence beam_idx[i] is now."""
+        self._select(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each sequence `repeats` times, copies side by side; sealed pages are shared."""
+        self._select(torch.arange(self.pikv.sequences).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the sequences at indices, or those marked in a bool tensor."""
+        chosen = torch.as_tensor(indices)
+        self._select(chosen.nonzero()[:, 0] if chosen.dtype == torch.bool else chosen)
+
+    def _select(self, index: Tensor) -> None:
+        if self.pikv.sequences:
+            index = index.to("cpu", torch.int64)
+            self.pikv.reorder(index)
+            self._seen = self._seen.select(index)
+
+
+class HostLayer(CacheLayerMixin):
+    """A layer as transformers knows it. It holds nothing: PiKVCache does."""
+
+    is_compileable = False
+    is_sliding = False
+    is_croppable = True
+
+    def __init__(self, cache: HostCache, layer_id: int) -> None:
+        super().__init__()
+        self._cache, self._layer_id = cache, layer_id
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to do: PiKVCache starts with its first update."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Store new tokens, and return them alone: PiKV's attention finds the older ones itself."""
+        self._cache.take(self._layer_id, key_states, value_states)
+        return key_states, value_states
+
+    def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
+        """The tokens that a mask would have to cover, and the first of them. Older versions pass positions."""
+        new = query_length if isinstance(query_length, int) else len(query_length)
+        return self.get_seq_length() + new, 0
+
+    def get_seq_length(self) -> int:
+        """The tokens seen, padding and evicted ones included."""
+        return self._cache.get_seq_length()
+
+    def get_max_cache_shape(self) -> int:
+        """No limit."""
+        return -1
+
+    def get_max_length(self) -> int:
+        """No limit; the name in newer versions."""
+        return -1

@@ -1,0 +1,117 @@
+"""Attaching PiKV to a transformers model, and giving the model back as it was."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import attrs
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from pikv.adapters.transformers import attention
+from pikv.adapters.transformers.cache import HostCache
+from pikv.adapters.transformers.families import model_config
+from pikv.adapters.transformers.latent import latent_kv
+from pikv.compose import installed_backends, runtime_from
+from pikv.core.cache import PiKVCache
+from pikv.core.config import ModelConfig, RuntimeConfig
+from pikv.core.errors import InputError, StateError
+from pikv.core.pool import PagePool
+from pikv.core.ports import Backend
+
+
+def attach(
+    hf_model: nn.Module,
+    runtime: RuntimeConfig | Mapping[str, Any] | None = None,
+    *,
+    backends: Iterable[Backend] | None = None,
+) -> Host:
+    """Make a transformers model attend through PiKV caches.
+
+    runtime: a RuntimeConfig, or names as `pikv.runtime_from` takes them; exact by default. backends: those asked for
+    kernels; the installed ones by default, torch last. The model goes on working with other caches and without one.
+
+    Raises ConfigError for a family that is not supported or a composition that cannot work, before anything changes.
+    """
+    model = model_config(hf_model)
+    composed = _composed(model, runtime, backends)
+    PiKVCache(model, composed)  # a composition that cannot work is refused now
+    return Host(hf_model, model, composed)
+
+
+def _composed(
+    model: ModelConfig, runtime: RuntimeConfig | Mapping[str, Any] | None, backends: Iterable[Backend] | None
+) -> RuntimeConfig:
+    named = runtime if isinstance(runtime, RuntimeConfig) else runtime_from(runtime or {}, model)
+    chosen = installed_backends() if backends is None else tuple(backends)
+    return attrs.evolve(named, backends=chosen)
+
+
+class Host:
+    """A transformers model that PiKV is attached to. `detach()` gives it back; also a context manager."""
+
+    def __init__(self, hf_model: Any, model: ModelConfig, runtime: RuntimeConfig) -> None:
+        self.model, self.runtime = model, runtime
+        self._hf_model, self._latent = hf_model, latent_kv(hf_model.base_model.layers[0].self_attn)
+        self._before: str = hf_model.config._attn_implementation
+        if self._before == attention.NAME:
+            raise StateError("PiKV is attached to this model already; use that host, or detach it first")
+        attention.register()
+        hf_model.set_attn_implementation(attention.NAME)
+        self._hooks: list[RemovableHandle] = [
+            hf_model.base_model.register_forward_pre_hook(_begin, with_kwargs=True),
+            hf_model.base_model.register_forward_hook(_finish, with_kwargs=True, always_call=True),
+        ]
+
+    def new_cache(self, *, pool: PagePool | None = None) -> HostCache:
+        """An empty cache for one batch, to pass as `past_key_values`. pool: shared by several caches."""
+        return HostCache(
+            PiKVCache(self.model, self.runtime, pool=pool), latent_kv(self._hf_model.base_model.layers[0].self_attn)
+        )
+
+    def detach(self) -> None:
+        """Give the model back as it was. Its caches can still be read, and no longer be used with it."""
+        if self._hooks:
+            for hook in self._hooks:
+                hook.remove()
+            self._hooks.clear()
+            self._hf_model.set_attn_implementation(self._before)
+
+    def __enter__(self) -> Host:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.detach()
+
+
+def _begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Before the model: tell its cache which tokens come, and its attention which cache it is."""
+    given = {**_named(module, args), **kwargs}
+    cache = _cache(given)
+    if cache is None:
+        return args, kwargs
+    if given.get("output_attentions") or getattr(module.config, "output_attentions", False):
+        raise InputError("output_attentions must be off: PiKV's attention keeps no matrix of weights; detach() for it")
+    new = given.get("input_ids")
+    new = given["inputs_embeds"] if new is None else new
+    given[attention.STEP] = cache.begin(new.shape[0], new.shape[1], given.get("attention_mask"))
+    given["attention_mask"] = attention.no_mask()
+    return (), given
+
+
+def _finish(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    cache, step = _cache(kwargs), kwargs.get(attention.STEP)
+    if cache is not None and step is not None:  # there is none if the call was refused
+        cache.finish(step)
+
+
+def _named(module: nn.Module, args: tuple[Any, ...]) -> dict[str, Any]:
+    """The positional arguments by their names."""
+    return dict(inspect.signature(module.forward).bind_partial(*args).arguments) if args else {}
+
+
+def _cache(given: dict[str, Any]) -> HostCache | None:
+    """The PiKV cache among the arguments, whatever the model calls it."""
+    return next((value for value in given.values() if isinstance(value, HostCache)), None)
