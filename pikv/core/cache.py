@@ -13,7 +13,7 @@ from pikv.core import checks, places, reading, settling
 from pikv.core.budget import Budget
 from pikv.core.config import ModelConfig, RuntimeConfig
 from pikv.core.errors import ConfigError, InputError, StateError
-from pikv.core.layer import LayerCache
+from pikv.core.layer import PADDING, LayerCache
 from pikv.core.modes import keeps_numbers
 from pikv.core.pool import PagePool
 from pikv.core.ports.selector import QueryTokenSelector
@@ -57,7 +57,8 @@ class PiKVCache:
 
         k [batch, kv_heads, tokens, key_dim], v [..., value_dim], after any rotary embedding; or [kv_heads, dim] for
         one token of one sequence. token_id: the position of the first token, or positions [batch, tokens], which
-        increase along a sequence and may jump; -1 is padding and is not stored.
+        increase along a sequence and may jump. Padding is not stored: -1, or -2 - p for padding that stands at
+        position p and whose query sees what a token there would see.
 
         Raises InputError for a wrong shape, dtype, device or position, and for NaN on the CPU; LayerError.
         """
@@ -86,8 +87,8 @@ class PiKVCache:
         """Attention of the last update's tokens over all that is stored, then settle the layer.
 
         q [batch, query_heads, tokens, key_dim], of the same tokens as the last `update` of this layer; returns
-        [batch, query_heads, tokens, value_dim] in q's dtype. A token sees what is no newer than itself; a padded one
-        gets 0. Scores and sums are in float32 at least.
+        [batch, query_heads, tokens, value_dim] in q's dtype. A token sees what is no newer than itself; what sees
+        nothing, as padding at -1 does, gets 0. Scores and sums are in float32 at least.
 
         Raises InputError; StateError before any update, or when several tokens are asked about twice; PoolFullError
         if settling finds no room, in which case the layer is as before and `attend` may be called again.
@@ -116,10 +117,10 @@ class PiKVCache:
     def _answer(self, layer: LayerCache, q: Tensor) -> Tensor:
         grouped = q.unflatten(1, (layer.config.kv_heads, layer.config.group))
         kernel, selector = self._served[layer.layer_id].kernel, self.runtime.token_selector
-        stored = reading.attend(layer, kernel, grouped, layer.queried, self.runtime.page_selector)
+        stored = reading.attend(layer, kernel, grouped, layer.asked_from(), self.runtime.page_selector)
         partial = reading.with_sinks(layer, places.merged(self.runtime, stored))
         output = partial.output.flatten(1, 2).to(q.dtype)
-        padding = layer.queried < 0
+        padding = layer.queried == PADDING
         if bool(padding.any()):
             output = output.masked_fill(padding[:, None, :, None].to(output.device), 0)
         layer.ask(q, selector.window if isinstance(selector, QueryTokenSelector) else None)

@@ -56,7 +56,7 @@ def new_tokens(model: ModelConfig, layer_id: int, keys: Tensor, values: Tensor) 
 
 
 def positions(token_id: int | Tensor, batch: int, tokens: int) -> Tensor:
-    """Positions int64 [batch, tokens] on the CPU, increasing along a sequence; -1 is padding."""
+    """Positions int64 [batch, tokens] on the CPU, increasing along a sequence; below 0 for padding."""
     if isinstance(token_id, int):
         if token_id < 0:
             raise InputError(f"token_id must not be negative, got {token_id}; it is the position of the first token")
@@ -74,8 +74,10 @@ def positions(token_id: int | Tensor, batch: int, tokens: int) -> Tensor:
     placed = token_id.detach().to("cpu", torch.int64)
     if placed.numel() and int(placed.max()) > _LARGEST_POSITION:
         raise InputError(f"token_id must be at most {_LARGEST_POSITION}, got {int(placed.max())}")
-    if bool((placed < -1).any()):
-        raise InputError(f"token_id must be a position or -1 for padding, got {int(placed.min())}")
+    if bool((placed < -2 - _LARGEST_POSITION).any()):
+        raise InputError(
+            f"token_id must be a position, -1 for padding, or -2 - p for padding at position p, got {int(placed.min())}"
+        )
     return placed
 
 

@@ -20,18 +20,19 @@ from pikv.core.tail import EMPTY, Tail
 from pikv.core.views import ContextKV, TokenView
 
 NEVER = -1
+PADDING = -1
 
 
 @attrs.define(kw_only=True)
 class LayerCache:
     """The tokens of one layer. Tables, lengths and positions live on the CPU, keys and values on the model's device.
 
-    first, last: int64 [sequences], the oldest and newest position that a sequence has seen, NEVER before any.
-    seen: int64 [sequences], the tokens offered to this place. forgotten: int64 [sequences], the newest position that
-    the window left out. queried: int64 [sequences, tokens], the positions of the last update. settled: whether that
-    update has been evicted from, and sealed. asked: whether it has been attended from; answer: what
-    attention gave, until the layer is settled. newest_queries: the queries that
-    the token selector looks at, if it does.
+    first, last: int64 [sequences], the oldest and newest position that a sequence has seen, NEVER before any. seen:
+    int64 [sequences], the tokens offered to this place. forgotten: int64 [sequences], the newest position that the
+    window left out. queried: int64 [sequences, tokens], the positions of the last update, below 0 for padding.
+    settled: whether that update has been evicted from, and sealed. asked: whether it has been attended from; answer:
+    what attention gave, until the layer is settled. newest_queries: the queries that the token selector looks at, if
+    it does.
     """
 
     layer_id: int
@@ -86,7 +87,7 @@ class LayerCache:
     def append(self, keys: Tensor, values: Tensor, positions: Tensor, stored: Tensor) -> None:
         """Take new tokens into the tail.
 
-        positions: int64 [sequences, tokens], -1 for padding; stored: the same, -1 also for other places' tokens.
+        positions: int64 [sequences, tokens], below 0 for padding; stored: the same, -1 also for other places' tokens.
         """
         self.tail.append(keys, values, stored)
         offered = F.pad(positions, (0, 1), value=NEVER)  # an update may bring no tokens
@@ -106,6 +107,10 @@ class LayerCache:
             before = self.newest_queries or QueryWindow.empty(queries, window)
             self.newest_queries = before.followed_by(queries, self.queried)
         self.asked = True
+
+    def asked_from(self) -> Tensor:
+        """Where the last update's queries stand, padding that stands somewhere included: int64 [sequences, tokens]."""
+        return torch.where(self.queried < PADDING, -2 - self.queried, self.queried)
 
     def unseen_from_now_on(self) -> Tensor | None:
         """The newest position that neither the last query nor a later one sees, int64 [sequences]; None if all do."""

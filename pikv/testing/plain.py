@@ -13,15 +13,16 @@ from pikv.core.config import LayerConfig, ModelConfig
 def attend(layer: LayerConfig, query: Tensor, asked: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
     """Attention in float64, by the definition: [sequences, query_heads, queries, value_dim].
 
-    query [sequences, query_heads, queries, key_dim] at positions asked [sequences, queries], -1 for padding, which
-    gets 0. keys [sequences, kv_heads, tokens, key_dim], values [..., value_dim], positions [sequences, kv_heads,
-    tokens], -1 where there is no token.
+    query [sequences, query_heads, queries, key_dim] at positions asked [sequences, queries]; -1 is padding, which gets
+    0, and -2 - p is padding that sees what a token at p would. keys [sequences, kv_heads, tokens, key_dim], values
+    [..., value_dim], positions [sequences, kv_heads, tokens], -1 where there is no token.
     """
     grouped = query.double().unflatten(1, (layer.kv_heads, layer.group))  # [.., kv_heads, group, queries, key_dim]
     scores = layer.scale * grouped @ keys.double()[:, :, None].mT
     if layer.softcap is not None:
         scores = layer.softcap * torch.tanh(scores / layer.softcap)
-    held, at = positions[:, :, None, None, :], asked[:, None, None, :, None]
+    at = torch.where(asked < -1, -2 - asked, asked)[:, None, None, :, None]
+    held = positions[:, :, None, None, :]
     seen = (held >= 0) & (held <= at)
     if layer.window is not None:
         seen &= held > at - layer.window
@@ -47,7 +48,7 @@ class PlainRow:
     last: int = -1
 
     def followed_by(self, positions: Tensor, keys: Tensor, values: Tensor) -> PlainRow:
-        """The row with new tokens after it; padding (-1) is left out."""
+        """The row with new tokens after it; padding is left out."""
         stored = positions >= 0
         return PlainRow(
             torch.cat([self.positions, positions[stored]]),

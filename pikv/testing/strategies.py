@@ -58,7 +58,7 @@ def chunkings(draw: DrawFn, total: int, *, max_chunks: int = 6) -> list[int]:
 
 @st.composite
 def positions(draw: DrawFn, batch: int, tokens: int, *, after: Tensor | None = None) -> Tensor:
-    """Positions int64 [batch, tokens]: increasing, here and there with a jump, -1 where a token is padding.
+    """Positions int64 [batch, tokens]: increasing, here and there with a jump, below 0 where a token is padding.
 
     after: int64 [batch], the newest position that each sequence has had; -1 before any, as by default.
     """
@@ -71,7 +71,8 @@ def _row(draw: DrawFn, tokens: int, last: int) -> Tensor:
     steps = torch.ones(tokens, dtype=torch.int64)
     if tokens:
         steps[draw(st.integers(0, tokens - 1))] = draw(st.sampled_from([1, 1, 1, 2, 7, 40, 1000]))
-    return torch.where(stored, last + (steps * stored).cumsum(0), -1)
+    places = last + (steps * stored).cumsum(0)
+    return torch.where(stored, places, draw(st.sampled_from([-1, -2 - places])))
 
 
 def _stored(draw: DrawFn, tokens: int) -> Tensor:

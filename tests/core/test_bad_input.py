@@ -76,7 +76,7 @@ UPDATES = {
     "negative": ((0, -1, NEW, NEW), ["token_id must not be negative", "got -1", "position of the first token"]),
     "far": ((0, 2**31 - 2, NEW, NEW), ["token_id must be at most 2147483647", "got 2147483646"]),
     "far tensor": ((0, torch.full((2, 3), 2**31), NEW, NEW), ["token_id must be at most 2147483647", "got 2147483648"]),
-    "below -1": ((0, torch.full((2, 3), -2), NEW, NEW), ["-1 for padding", "got -2"]),
+    "below all padding": ((0, torch.full((2, 3), -(2**31) - 2), NEW, NEW), ["-1 for padding", "got -2147483650"]),
     "float positions": ((0, torch.ones(2, 3), NEW, NEW), ["token_id must be a whole number", "got torch.float32"]),
     "list": ((0, [40, 41, 42], NEW, NEW), ["token_id must be a whole number or a tensor", "got list"]),
     "positions' shape": ((0, torch.arange(3), NEW, NEW), ["token_id must be [batch, tokens] = [2, 3]", "got [3]"]),

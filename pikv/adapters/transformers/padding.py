@@ -22,7 +22,7 @@ class Seen:
         return cls(0, None)
 
     def positions(self, batch: int, tokens: int, mask: Tensor | None) -> Tensor:
-        """Positions of new tokens, int64 [batch, tokens] on the CPU: places in the padded sequence, -1 for padding.
+        """Positions of new tokens, int64 [batch, tokens] on the CPU: p in the padded sequence, -2 - p for padding.
 
         mask: [batch, length + tokens or more], or None if no token is padding. Raises InputError for a mask that does
         not cover all tokens, or that says otherwise of an older token than the masks before.
@@ -31,7 +31,8 @@ class Seen:
         places = torch.arange(self.length, self.length + tokens).expand(batch, tokens)
         if mask is None:
             return places
-        return places.masked_fill(mask[:, self.length : self.length + tokens].cpu() == 0, -1)
+        stored = mask[:, self.length : self.length + tokens].cpu() != 0
+        return torch.where(stored, places, -2 - places)  # transformers answers padding too, from what is before it
 
     def followed_by(self, positions: Tensor, mask: Tensor | None) -> Seen:
         """With new tokens at positions [batch, tokens]."""

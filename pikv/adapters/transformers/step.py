@@ -16,8 +16,8 @@ from pikv.core.errors import StateError
 class Step:
     """The tokens of one forward call, on their way through the layers.
 
-    positions: int64 [batch, tokens], -1 for padding. mask: what the caller said of padding, [batch, tokens seen and
-    new]. attended: how many layers have attended.
+    positions: int64 [batch, tokens], below 0 for padding. mask: what the caller said of padding, [batch, tokens seen
+    and new]. attended: how many layers have attended.
     """
 
     cache: PiKVCache
