@@ -94,6 +94,11 @@ def _begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         return args, kwargs
     if given.get("output_attentions") or getattr(module.config, "output_attentions", False):
         raise InputError("output_attentions must be off: PiKV's attention keeps no matrix of weights; detach() for it")
+    if module.config._attn_implementation != attention.NAME:
+        raise StateError(
+            f"the model's attention was changed to {module.config._attn_implementation!r} after PiKV was attached, and "
+            "would not look into its cache; leave it as attach set it, or host.detach() and use another cache"
+        )
     new = given.get("input_ids")
     new = given["inputs_embeds"] if new is None else new
     given[attention.STEP] = cache.begin(new.shape[0], new.shape[1], given.get("attention_mask"))

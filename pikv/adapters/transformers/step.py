@@ -36,8 +36,8 @@ class Step:
         """Store a layer's new keys and values; the layer's attention comes next."""
         if self._layer_id is not None:
             raise StateError(
-                f"layer {self._layer_id} took new tokens and its attention did not ask the cache; its attention is no "
-                "longer PiKV's: leave the model's attention implementation as attach set it"
+                f"layer {self._layer_id} took new tokens and its attention did not ask the cache: this version of "
+                "transformers does not hand the model's keywords down to it; the versions tried are in the docs"
             )
         if self.latent is not None:
             keys, values = self.latent.join(keys, values)

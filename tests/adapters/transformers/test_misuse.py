@@ -1,0 +1,153 @@
+"""What cannot work is refused, and says what to do; the cache is as it was."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import pikv
+from pikv.adapters.transformers import attach
+
+
+@pytest.fixture
+def talk(mixtral, pikv_talk):
+    """One that has seen a prompt of three rows and twelve tokens, the second padded by two."""
+    talk = pikv_talk(mixtral)
+    mask = torch.ones(3, 12, dtype=torch.int64)
+    mask[1, :2] = 0
+    talk.logits(input_ids=torch.ones(3, 12, dtype=torch.int64), attention_mask=mask)
+    talk.mask = torch.cat([mask, mask.new_ones(3, 1)], dim=1)
+    talk.token = torch.ones(3, 1, dtype=torch.int64)
+    return talk
+
+
+def refused(talk, error, match, **inputs):
+    """The call raises, and a good one gives the same as if it had not been tried."""
+    pages = talk.cache.pikv.retrieve(0)
+    with pytest.raises(error, match=match):
+        talk.logits(**inputs)
+    assert talk.cache.get_seq_length() == 12
+    assert torch.equal(talk.cache.pikv.retrieve(0).keys, pages.keys)
+    talk.logits(input_ids=talk.token, attention_mask=talk.mask)
+
+
+def test_attention_weights(talk):
+    """PiKV's attention keeps none."""
+    inputs = {"input_ids": talk.token, "attention_mask": talk.mask, "output_attentions": True}
+    refused(talk, pikv.InputError, "output_attentions must be off", **inputs)
+
+
+def test_token_trees(talk):
+    """A mask of four dimensions says who sees whom; PiKV goes by positions."""
+    tree = torch.ones(3, 1, 1, 13, dtype=torch.bool)
+    refused(talk, pikv.InputError, "token trees", input_ids=talk.token, attention_mask=tree)
+
+
+def test_a_mask_of_the_new_tokens_alone(talk):
+    """It has to cover all."""
+    inputs = {"input_ids": talk.token, "attention_mask": torch.ones(3, 1)}
+    refused(talk, pikv.InputError, r"must be .* = \[3, 13\], got \[3, 1\]", **inputs)
+
+
+def test_a_mask_that_hides_what_is_stored(talk):
+    """What is stored stays."""
+    hidden = talk.mask.clone()
+    hidden[0, 5] = 0
+    refused(talk, pikv.InputError, "go on saying of older tokens", input_ids=talk.token, attention_mask=hidden)
+
+
+def test_a_mask_that_shows_padding(talk):
+    """What was padding is not stored."""
+    refused(talk, pikv.InputError, "go on saying", input_ids=talk.token, attention_mask=torch.ones(3, 13))
+
+
+def test_a_mask_that_is_forgotten(talk):
+    """Padding has to be said again."""
+    refused(talk, pikv.InputError, "must be given again", input_ids=talk.token)
+
+
+def test_another_batch(talk):
+    """A cache is for one batch."""
+    refused(talk, pikv.InputError, "holds 3 sequences, got a batch of 2", input_ids=talk.token[:2])
+
+
+def test_a_model_that_is_not_attached(mixtral, talk, plain):
+    """The cache would give it the new tokens alone."""
+    stranger = plain(mixtral)
+    stranger.cache = talk.cache
+    with pytest.raises(pikv.StateError, match="not attached to"):
+        stranger.logits(input_ids=talk.token, attention_mask=talk.mask)
+
+
+def test_an_attention_that_was_changed_afterwards(mixtral):
+    """The new tokens would attend to themselves alone."""
+    with attach(mixtral) as host:
+        cache = host.new_cache()
+        mixtral.set_attn_implementation("eager")
+        with pytest.raises(pikv.StateError, match="changed to 'eager'"):
+            mixtral(input_ids=torch.ones(1, 4, dtype=torch.int64), past_key_values=cache)
+
+
+def test_a_scale_that_was_changed_afterwards(random_model):
+    """The cache goes by what the layer said when PiKV was attached."""
+    model = random_model("llama")
+    with attach(model) as host:
+        model.base_model.layers[1].self_attn.scaling = 0.5
+        with pytest.raises(pikv.StateError, match=r"layer 1 attends with scale 0\.5"):
+            model(input_ids=torch.ones(1, 4, dtype=torch.int64), past_key_values=host.new_cache())
+
+
+def test_an_attention_that_never_asks(talk):
+    """Should a version of transformers not hand keywords down, the next layer's tokens show it."""
+    talk.cache.begin(3, 1, talk.mask)
+    states = torch.zeros(3, 2, 1, 16)
+    talk.cache.take(0, states, states)
+    with pytest.raises(pikv.StateError, match="layer 0 took new tokens and its attention did not ask"):
+        talk.cache.take(1, states, states)
+
+
+def test_attaching_twice(mixtral):
+    """One host at a time."""
+    with attach(mixtral), pytest.raises(pikv.StateError, match="attached to this model already"):
+        attach(mixtral)
+
+
+def test_sink_logits_without_a_cache(models):
+    """SDPA has no sinks; the model's own attention has."""
+    model = models("gpt_oss")
+    with attach(model), pytest.raises(pikv.StateError, match="sink logits or a softcap"):
+        model(input_ids=torch.ones(1, 4, dtype=torch.int64), use_cache=False)
+
+
+def test_a_composition_that_cannot_work(mixtral):
+    """Before the model changes."""
+    before = mixtral.config._attn_implementation
+    with pytest.raises(pikv.ConfigError, match="budget_tokens"):
+        attach(mixtral, {"token_selector": "recent"})
+    assert mixtral.config._attn_implementation == before
+
+
+def test_dropout(random_model):
+    """A cache and training do not go together."""
+    model = random_model("llama", attention_dropout=0.5).train()
+    with attach(model) as host, pytest.raises(pikv.InputError, match=r"dropout must be 0 .* got 0.5"):
+        model(input_ids=torch.ones(1, 4, dtype=torch.int64), past_key_values=host.new_cache())
+
+
+def test_a_pool_that_is_full_takes_the_call_back(models, pad):
+    """The tokens of the call are forgotten in all layers; with more room the answer is what it would have been."""
+    model = models("mixtral")
+    ids, mask = pad(40, [0])
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    with attach(model, {"page_size": 16, "tail_tokens": 16}) as host:
+        pool = pikv.PagePool(host.model, host.runtime, capacity_bytes=20_000)
+        first, second = host.new_cache(pool=pool), host.new_cache(pool=pool)
+        with torch.no_grad():
+            expected = model(**inputs, past_key_values=first).logits
+            held = first.pikv.stored_bytes().pages
+            with pytest.raises(pikv.PoolFullError):
+                model(**inputs, past_key_values=second)
+            assert second.get_seq_length() == 0
+            first.reset()
+            assert held > 0
+            torch.testing.assert_close(model(**inputs, past_key_values=second).logits, expected)
