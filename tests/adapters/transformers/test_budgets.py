@@ -26,10 +26,8 @@ class Masked:
 
     def note(self, cache):
         """Before a forward call."""
-        stored = (
-            [] if not cache.sequences else [cache.retrieve(layer_id).positions for layer_id in range(len(self.layers))]
-        )
-        self.held.append(stored)
+        layers = range(len(self.layers) if cache.sequences else 0)
+        self.held.append([cache.retrieve(layer_id).positions for layer_id in layers])
 
     def attend(self, module, query, key, value, attention_mask, *, scaling, **_):
         """As transformers' attention functions do; the keys are a DynamicCache's."""
@@ -37,13 +35,9 @@ class Masked:
         visible = torch.zeros(*key.shape[:3], dtype=torch.bool)
         if self.held[self.call]:
             positions = self.held[self.call][module.layer_idx]
-            there = (
-                torch.nn.functional.one_hot(positions.long().clamp(min=0), total).bool() & (positions >= 0)[..., None]
-            )
-            visible |= there.any(2)
-        padding = ~attention_mask  # handed through by `no_mask`: bool [batch, tokens]
+            visible |= (positions[..., None] == torch.arange(total)).any(2)
         visible[:, :, total - new :] = True
-        visible &= ~padding[:, 0, 0, None, :total]
+        visible &= attention_mask[:, 0, :, :total]  # a prepared mask comes as it is: [batch, 1, 1, tokens]
         places = torch.arange(total)
         asked = places[total - new :, None]
         seen = places <= asked
