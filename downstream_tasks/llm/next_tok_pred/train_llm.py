@@ -236,6 +236,8 @@ def main() -> None:
         (finished / DONE).write_text(json.dumps({"minutes": (time.monotonic() - started) / 60}))
     minutes = sum(json.loads(path.read_text())["minutes"] for path in scratch.glob(f"*/{DONE}"))
 
+    model.config.output_router_logits = False  # was for the training's load balance; it breaks generate's second turn
+    model.config.use_cache = True
     model.half().save_pretrained(arguments.output)
     character_tokenizer().save_pretrained(arguments.output)
     measures = report(model.float(), samples=arguments.report_samples)
