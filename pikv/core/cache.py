@@ -16,6 +16,7 @@ from pikv.core.errors import ConfigError, InputError, StateError
 from pikv.core.layer import PADDING, LayerCache
 from pikv.core.modes import keeps_numbers
 from pikv.core.pool import PagePool
+from pikv.core.ports.router import Routing
 from pikv.core.ports.selector import QueryTokenSelector
 from pikv.core.reports import Description, StoredBytes
 from pikv.core.serving import describe, serve
@@ -125,6 +126,26 @@ class PiKVCache:
             output = output.masked_fill(padding[:, None, :, None].to(output.device), 0)
         layer.ask(q, selector.window if isinstance(selector, QueryTokenSelector) else None)
         return output
+
+    @keeps_numbers
+    def route(self, layer_id: int, probabilities: Tensor) -> Routing:
+        """The router's choice for the last update's tokens: experts and weights [batch * tokens, experts_per_token].
+
+        probabilities [batch, tokens, experts]: of the model's own gate, known after the layer's attention.
+
+        Raises ConfigError without a router or experts, InputError for another shape, StateError before any update.
+        """
+        router, experts = self.runtime.router, self.model.experts
+        if router is None or experts is None or self.model.experts_per_token is None:
+            raise ConfigError("route needs a router in the runtime, and experts and experts_per_token in the model")
+        wanted = (*self._read_layer(layer_id).queried.shape, experts)
+        if probabilities.shape != wanted:
+            raise InputError(
+                f"probabilities must be [batch, tokens of the last update, experts] = {list(wanted)}, got "
+                f"{list(probabilities.shape)}"
+            )
+        places = torch.arange(experts, device=probabilities.device) * self.runtime.places // experts
+        return router.route(router.start(experts, places), probabilities.flatten(0, 1), self.model.experts_per_token)
 
     def retrieve(self, layer_id: int) -> ContextKV:
         """The stored tokens of a layer, decoded, oldest first: for an attention of the caller's own."""

@@ -27,18 +27,18 @@ def attend(
 ) -> Partial:
     """As `attention.attend`, for [sequences, heads, queries, key_dim] and [sequences, heads, tokens, dim].
 
+    mask: bool [sequences, heads or 1, queries or 1, tokens].
     For a half-precision query the softmax weights and the output are rounded to half precision, once each.
     """
     if softcap is not None or not _fits(query, keys):
         return attention.attend(query, keys, values, scale=scale, softcap=softcap, mask=mask)
     bias = None
     if mask is not None:
-        seen = mask.expand(-1, -1, query.shape[2], keys.shape[2])
-        bias = query.new_zeros(seen.shape).masked_fill_(~seen, -math.inf)
+        bias = query.new_zeros(mask.shape).masked_fill_(~mask, -math.inf)  # the kernel stretches sizes of 1 itself
     partial = _run(query, keys, values, scale=scale, bias=bias)
     if mask is None:
         return partial
-    return Partial(partial.output, partial.log_sum_exp.masked_fill(~seen.any(-1), -torch.inf))  # the kernel says 0
+    return Partial(partial.output, partial.log_sum_exp.masked_fill(~mask.any(-1), -torch.inf))  # the kernel says 0
 
 
 def attend_causal(

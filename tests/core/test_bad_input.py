@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import pikv
+from pikv.policies import TopK
 
 MODEL = pikv.ModelConfig(layers=2, query_heads=4, kv_heads=2, head_dim=8)
 BATCH, TOKENS = 2, 40
@@ -215,3 +216,19 @@ def test_numbers_are_looked_at_on_the_cpu_only():
         cache.update(0, 0, NEW, NEW)
     cache.update(0, 0, NEW.to("meta"), NEW.to("meta"))
     assert cache.sequences == BATCH
+
+
+def test_routing_needs_a_router_and_the_right_shape():
+    """Each missing thing is named; tokens are those of the last update."""
+    model = pikv.ModelConfig(layers=1, query_heads=4, kv_heads=2, head_dim=8, experts=4, experts_per_token=2)
+    probabilities = torch.rand(2, 3, 4)
+    with pytest.raises(pikv.ConfigError, match="needs a router"):
+        pikv.PiKVCache(model).route(0, probabilities)
+    cache = pikv.compose(model, router=TopK())
+    with pytest.raises(pikv.StateError, match="layer 0 is empty"):
+        cache.route(0, probabilities)
+    cache.update(0, 0, torch.zeros(2, 2, 3, 8), torch.zeros(2, 2, 3, 8))
+    with pytest.raises(pikv.InputError, match=r"= \[2, 3, 4\], got \[2, 1, 4\]"):
+        cache.route(0, probabilities[:, :1])
+    routing = cache.route(0, probabilities)
+    assert torch.equal(routing.home, probabilities.flatten(0, 1).argmax(-1))

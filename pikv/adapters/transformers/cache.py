@@ -13,17 +13,20 @@ from pikv.adapters.transformers.padding import Seen
 from pikv.adapters.transformers.step import Step
 from pikv.core.cache import PiKVCache
 from pikv.core.errors import InputError, StateError
+from pikv.core.ports import Routing
 
 
 class HostCache(Cache):
     """Pass it as `past_key_values` to the model that it was made for. One batch, as PiKVCache is.
 
     pikv: the PiKVCache behind it, for `stored_bytes()`, `describe()` and the rest. Positions are places in the padded
-    sequence, as transformers counts them in masks and windows.
+    sequence, as transformers counts them in masks and windows. routed: with a router, its choice for the tokens of the
+    last call in each layer that has experts, from the model's own gates.
     """
 
     def __init__(self, pikv: PiKVCache, latent: LatentKV | None = None) -> None:
         self.pikv = pikv
+        self.routed: dict[int, Routing] = {}
         self._latent = latent
         self._seen = Seen.nothing()
         self._step: Step | None = None
@@ -46,7 +49,7 @@ class HostCache(Cache):
         """End a forward call. One that did not get through all layers is taken back."""
         self._step = None
         if step.complete:
-            self._seen = self._seen.followed_by(step.positions, step.mask)
+            self._seen, self.routed = self._seen.followed_by(step.positions, step.mask), step.routed
         elif self.pikv.sequences:
             self.pikv.crop(self._seen.length)
 

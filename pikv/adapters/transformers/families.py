@@ -79,7 +79,7 @@ def model_config(model: nn.Module) -> ModelConfig:
         raise ConfigError(
             f"the model must be on one device, got {sorted(map(str, devices))}; load it without device_map"
         )
-    return ModelConfig.of(layers, dtype=model.dtype, device=devices.pop())
+    return ModelConfig.of(layers, dtype=model.dtype, device=devices.pop(), **_expert_counts(config))
 
 
 def _family(model: nn.Module) -> Family:
@@ -106,3 +106,10 @@ def _heads(config: Any, attention: Any) -> dict[str, int]:
             "value_dim": attention.head_dim,
         }
     return {"query_heads": heads, **dims}
+
+
+def _expert_counts(config: Any) -> dict[str, int | None]:
+    """How many experts there are, and how many a token goes to, as ModelConfig takes them; None for a dense model."""
+    names = ("num_local_experts", "num_experts", "n_routed_experts")
+    experts = next((getattr(config, name) for name in names if getattr(config, name, None)), None)
+    return {"experts": experts, "experts_per_token": config.num_experts_per_tok if experts else None}

@@ -12,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from pikv.adapters.transformers import attention
 from pikv.adapters.transformers.cache import HostCache
+from pikv.adapters.transformers.experts import GateObserver
 from pikv.adapters.transformers.families import model_config
 from pikv.adapters.transformers.latent import latent_kv
 from pikv.compose import installed_backends, runtime_from
@@ -58,9 +59,11 @@ class Host:
         self._before: str = hf_model.config._attn_implementation
         if self._before == attention.NAME:
             raise StateError("PiKV is attached to this model already; use that host, or detach it first")
+        observed = [] if runtime.router is None else GateObserver.of(hf_model).hooks
         attention.register()
         hf_model.set_attn_implementation(attention.NAME)
         self._hooks: list[RemovableHandle] = [
+            *observed,
             hf_model.base_model.register_forward_pre_hook(_begin, with_kwargs=True),
             hf_model.base_model.register_forward_hook(_finish, with_kwargs=True, always_call=True),
         ]

@@ -10,6 +10,7 @@ from torch import Tensor
 from pikv.adapters.transformers.latent import LatentKV
 from pikv.core.cache import PiKVCache
 from pikv.core.errors import StateError
+from pikv.core.ports import Routing
 
 
 @attrs.define(eq=False)
@@ -17,7 +18,8 @@ class Step:
     """The tokens of one forward call, on their way through the layers.
 
     positions: int64 [batch, tokens], below 0 for padding. mask: what the caller said of padding, [batch, tokens seen
-    and new]. attended: how many layers have attended.
+    and new]. attended: how many layers have attended. routed: the router's choice in each
+    layer with experts, if there is a router.
     """
 
     cache: PiKVCache
@@ -25,6 +27,7 @@ class Step:
     mask: Tensor | None
     latent: LatentKV | None
     attended: int = 0
+    routed: dict[int, Routing] = attrs.field(factory=dict)
     _layer_id: int | None = None
 
     @property
@@ -60,6 +63,11 @@ class Step:
             output = self.latent.leave(module, self.cache.attend(layer_id, self.latent.enter(module, query)))
         self.attended += 1
         return output
+
+    def route(self, layer_id: int, probabilities: Tensor) -> None:
+        """Let the router see how the model's gate spreads the tokens: [batch * tokens, experts]."""
+        spread = probabilities.unflatten(0, tuple(self.positions.shape))
+        self.routed[layer_id] = self.cache.route(layer_id, spread)
 
     def _check(self, layer_id: int, *, scale: float | None, softcap: float | None) -> None:
         """Raise if the model attends otherwise than it said when PiKV was attached to it."""

@@ -43,7 +43,7 @@ def samples():
 
 
 def recalled(talk, samples):
-    """How many values it names, asked one after another in one conversation; and the bytes held at the first question."""
+    """How many values it names, asked one after another in one conversation; and the bytes held before that."""
     lines = [sample.text[sample.question_start :].splitlines() for sample in samples]
     ids = tokens([sample.text[: sample.question_start] for sample in samples])
     for chunk in ids.split(
