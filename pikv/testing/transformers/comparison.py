@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import zip_longest
 
 import torch
 from torch import Tensor
@@ -21,10 +20,12 @@ def assert_close(got: Tensor, expected: Tensor, tolerance: float, what: str) -> 
 
 
 def assert_same_answers(got: Sequence[Answer], expected: Sequence[Answer], tolerance: float, what: str) -> None:
-    """Raise AssertionError, naming the first operation after which the answers differ."""
-    for index, (one, other) in enumerate(zip_longest(got, expected)):
-        for tensor, reference in zip_longest(one.shown, other.shown):
-            assert_close(tensor, reference, tolerance, f"{what}, operation {index}, {other.operation}")
+    """Raise AssertionError, naming the first operation after which the answers or the lengths differ."""
+    for index, (one, other) in enumerate(zip(got, expected, strict=True)):
+        step = f"{what}, operation {index}, {other.operation}"
+        assert one.length == other.length, f"{step}: a length of {one.length}, expected {other.length}"
+        for tensor, reference in zip(one.shown, other.shown, strict=True):
+            assert_close(tensor, reference, tolerance, step)
 
 
 def assert_same_generation(got: GenerateOutput, expected: GenerateOutput, tolerance: float, what: str) -> None:

@@ -56,7 +56,7 @@ class CacheHooks:
             return act(self.make(model)), expected
 
     def check(self, *operations: Operation, batch: int = 3) -> None:
-        """The operations get the same logits from every model."""
+        """The operations get the same logits from every model, and the cache states the same lengths."""
         program = Program(operations, batch)
         for model in self.models():
             got, expected = self.both(model, partial(answers, model, program))

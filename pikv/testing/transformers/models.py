@@ -19,7 +19,7 @@ _SHAPE: dict[str, Any] = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 1024,
-    "pad_token_id": 0,
+    "pad_token_id": None,
     "bos_token_id": None,
     "eos_token_id": None,  # nothing stops early
     # Ten times the usual: with 0.02 all tokens get nearly the same attention, and a lost one would hardly be noticed.

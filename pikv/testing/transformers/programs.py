@@ -22,7 +22,7 @@ class Dialogue(Protocol):
     mask: Tensor
 
     def show(self, real: Tensor) -> list[Tensor]:
-        """Show random tokens where `real` [batch, columns] is 1; return what came of it."""
+        """Show random tokens, int64 `real` [batch, columns] being 0 at padding; return what came of it."""
 
 
 @attrs.define
@@ -41,7 +41,7 @@ class ModelDialogue:
 
     def show(self, real: Tensor) -> list[Tensor]:
         """Call the model once; the logits float32 [tokens, vocabulary] of tokens that are no padding."""
-        ids = torch.randint(1, VOCABULARY, real.shape, generator=self.random) * real
+        ids = torch.randint(1, VOCABULARY, real.shape, generator=self.random)  # padding is any token, to be ignored
         self.mask = torch.cat([self.mask, real], -1)
         positions = (self.mask.cumsum(-1) - 1).clamp(min=0)[:, -real.shape[1] :]
         named = {cache_argument(self.model): self.cache}

@@ -1,0 +1,136 @@
+"""Which facts of the suite for transformers caches hold for the caches that transformers ships.
+
+Caches whose packages are not installed are left out: optimum-quanto and hqq bring back ends of QuantizedCache.
+
+    python benchmarks/cache_conformance.py --output docs/tables/caches-transformers-5.2.0.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import shlex
+import sys
+import warnings
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from hypothesis import Phase, settings
+from tqdm import tqdm
+from transformers import Cache, DynamicCache, PreTrainedModel, QuantizedCache, StaticCache
+
+from pikv.testing.transformers import CacheConformance, DenseCacheConformance
+from pikv.testing.transformers.models import llama
+
+# The default groups of 64 refuse prompts whose number of entries they do not divide: (back end, arguments, tolerance).
+GROUPS = {"q_group_size": 16}
+BACKENDS = {
+    "quanto 4 bits": ({"backend": "quanto", "nbits": 4, **GROUPS}, 3.5),
+    "hqq 4 bits": ({"backend": "hqq", "nbits": 4, "axis_key": 1, "axis_value": 1, **GROUPS}, 3.5),
+    "hqq 8 bits": ({"backend": "hqq", "nbits": 8, "axis_key": 1, "axis_value": 1, **GROUPS}, 0.4),
+    "fp8": ({"backend": "fp8"}, 2.5),
+}
+
+
+class Dynamic(DenseCacheConformance):
+    def make(self, model: PreTrainedModel) -> Cache:
+        return DynamicCache(config=model.config)
+
+
+class Static(CacheConformance):
+    def make(self, model: PreTrainedModel) -> Cache:
+        return StaticCache(config=model.config, max_cache_len=512)
+
+
+class Quantized(DenseCacheConformance):
+    def __init__(self, tolerance: float, **arguments: object) -> None:
+        self.arguments = arguments
+        self.logit_tolerance = self.state_tolerance = tolerance
+
+    def make(self, model: PreTrainedModel) -> Cache:
+        return QuantizedCache(config=model.config, **self.arguments)
+
+    def models(self) -> list[PreTrainedModel]:
+        """The dense one: where keys are rounded other experts may be chosen, and logits differ by any amount."""
+        return [llama()]
+
+
+def suites() -> dict[str, CacheConformance]:
+    """A suite for each cache that can be made here."""
+    found: dict[str, CacheConformance] = {"DynamicCache": Dynamic(), "StaticCache": Static()}
+    for name, (arguments, tolerance) in BACKENDS.items():
+        suite = Quantized(tolerance, **arguments)
+        try:
+            suite.make(llama())
+        except (ImportError, ValueError) as error:  # the package is missing, or this version has no such back end
+            print(f"left out: {name}: {error}", file=sys.stderr)
+        else:
+            found[name] = suite
+    return found
+
+
+def outcome(test: Callable[[], None]) -> str:
+    """What was said when the test failed, nothing when it passed."""
+    try:
+        test()
+    except Exception as error:
+        first = str(error).splitlines()[0].strip("`")
+        return first if isinstance(error, AssertionError) else f"{type(error).__name__}: {first}"
+    return ""
+
+
+def report(suites: dict[str, CacheConformance]) -> str:
+    """A table of facts and caches, and what was said of those that do not hold."""
+    facts = [name for name in dir(Dynamic) if name.startswith("test_")]
+    said = {
+        (fact, name): outcome(getattr(suite, fact)) if hasattr(suite, fact) else None
+        for name, suite in tqdm(suites.items())
+        for fact in facts
+    }
+    lines = [f"| fact | {' | '.join(suites)} |", "| --- |" + " --- |" * len(suites)]
+    for fact in facts:
+        cells = ("" if said[fact, name] is None else "**no**" if said[fact, name] else "yes" for name in suites)
+        lines.append(f"| {fact.removeprefix('test_')} | {' | '.join(cells)} |")
+    lines.append("")
+    for fact in facts:
+        for message in dict.fromkeys(said[fact, name] for name in suites if said[fact, name]):
+            names = ", ".join(name for name in suites if said[fact, name] == message)
+            lines.append(f"- {fact.removeprefix('test_')} ({names}): `{message}`")
+    return "\n".join(lines) + "\n"
+
+
+def versions() -> str:
+    """What was run, and what it ran with."""
+    packages = ("transformers", "torch", "optimum-quanto", "hqq")
+    found = [f"{name} {version(name)}" for name in packages if importlib.util.find_spec(name.partition("-")[0])]
+    return ", ".join(found)
+
+
+def main() -> None:
+    """Run every suite, and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, help="a Markdown file; the terminal alone by default")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    # Mixtures are tried and not made simpler: the named tests already say what fails.
+    settings.register_profile(
+        "report", max_examples=30, derandomize=True, deadline=None, phases=[Phase.generate], report_multiple_bugs=False
+    )
+    settings.load_profile("report")
+    tolerances = ", ".join(f"{name}: {tolerance}" for name, (_, tolerance) in BACKENDS.items())
+    text = (
+        f"{versions()}. Logits may differ by 1e-4, those of caches that round by more ({tolerances}). A cell is "
+        "empty where the fact is about dense keys and values, which that cache does not return.\n\n"
+        f"    {shlex.join(['python', *sys.argv])}\n\n{report(suites())}"
+    )
+    print(text)
+    if arguments.output:
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        arguments.output.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
