@@ -21,8 +21,14 @@ from hypothesis import Phase, settings
 from tqdm import tqdm
 from transformers import Cache, DynamicCache, PreTrainedModel, QuantizedCache, StaticCache
 
-from pikv.testing.transformers import CacheConformance, DenseCacheConformance
-from pikv.testing.transformers.models import llama
+# Mixtures are tried and not made simpler: the named tests already say what fails. Suites take what is set before them.
+settings.register_profile(
+    "report", max_examples=30, derandomize=True, deadline=None, phases=[Phase.generate], report_multiple_bugs=False
+)
+settings.load_profile("report")
+
+from pikv.testing.transformers import CacheConformance, DenseCacheConformance  # noqa: E402
+from pikv.testing.transformers.models import llama  # noqa: E402
 
 # The default groups of 64 refuse prompts whose number of entries they do not divide: (back end, arguments, tolerance).
 GROUPS = {"q_group_size": 16}
@@ -101,6 +107,29 @@ def report(suites: dict[str, CacheConformance]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def drift(cache: Cache, tokens: list[int]) -> list[float]:
+    """How far the keys of 64 first tokens are from what was stored, after more tokens: root mean square."""
+    random = torch.Generator().manual_seed(0)
+    stored = torch.randn(2, 1, 2, 64, 16, generator=random)
+    cache.update(*stored, 0)
+    errors = []
+    for _ in range(max(tokens)):
+        keys, _ = cache.update(*torch.randn(2, 1, 2, 1, 16, generator=random), 0)
+        errors.append(float((keys[:, :, :64] - stored[0]).square().mean().sqrt()))
+    return [errors[count - 1] for count in tokens]
+
+
+def drifts(suites: dict[str, CacheConformance]) -> str:
+    """A table of what rounding anew costs."""
+    after = [1, 200, 1000]
+    lines = [f"| keys off by, after tokens | {' | '.join(map(str, after))} |", "| --- |" + " --- |" * len(after)]
+    for name, suite in suites.items():
+        if isinstance(suite, DenseCacheConformance):
+            errors = drift(suite.make(llama()), after)
+            lines.append(f"| {name} | {' | '.join(f'{error:.4f}' for error in errors)} |")
+    return "\n".join(lines) + "\n"
+
+
 def versions() -> str:
     """What was run, and what it ran with."""
     packages = ("transformers", "torch", "optimum-quanto", "hqq")
@@ -115,16 +144,12 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    # Mixtures are tried and not made simpler: the named tests already say what fails.
-    settings.register_profile(
-        "report", max_examples=30, derandomize=True, deadline=None, phases=[Phase.generate], report_multiple_bugs=False
-    )
-    settings.load_profile("report")
     tolerances = ", ".join(f"{name}: {tolerance}" for name, (_, tolerance) in BACKENDS.items())
+    here = suites()
     text = (
         f"{versions()}. Logits may differ by 1e-4, those of caches that round by more ({tolerances}). A cell is "
         "empty where the fact is about dense keys and values, which that cache does not return.\n\n"
-        f"    {shlex.join(['python', *sys.argv])}\n\n{report(suites())}"
+        f"    {shlex.join(['python', *sys.argv])}\n\n{report(here)}\n{drifts(here)}"
     )
     print(text)
     if arguments.output:
