@@ -1,4 +1,4 @@
-"""Which facts of the suite for transformers caches hold for the caches that transformers ships.
+"""Which facts of the suite for transformers caches hold for the caches that transformers ships, and for PiKV's.
 
 Caches whose packages are not installed are left out: optimum-quanto and hqq bring back ends of QuantizedCache.
 
@@ -12,7 +12,8 @@ import importlib.util
 import shlex
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
@@ -27,15 +28,17 @@ settings.register_profile(
 )
 settings.load_profile("report")
 
+from pikv.adapters.transformers import attach  # noqa: E402
 from pikv.testing.transformers import CacheConformance, DenseCacheConformance  # noqa: E402
 from pikv.testing.transformers.models import llama  # noqa: E402
 
 # The default groups of 64 refuse prompts whose number of entries they do not divide: (back end, arguments, tolerance).
 GROUPS = {"q_group_size": 16}
+INT8 = 0.4
 BACKENDS = {
     "quanto 4 bits": ({"backend": "quanto", "nbits": 4, **GROUPS}, 3.5),
     "hqq 4 bits": ({"backend": "hqq", "nbits": 4, "axis_key": 1, "axis_value": 1, **GROUPS}, 3.5),
-    "hqq 8 bits": ({"backend": "hqq", "nbits": 8, "axis_key": 1, "axis_value": 1, **GROUPS}, 0.4),
+    "hqq 8 bits": ({"backend": "hqq", "nbits": 8, "axis_key": 1, "axis_value": 1, **GROUPS}, INT8),
     "fp8": ({"backend": "fp8"}, 2.5),
 }
 
@@ -48,6 +51,23 @@ class Dynamic(DenseCacheConformance):
 class Static(CacheConformance):
     def make(self, model: PreTrainedModel) -> Cache:
         return StaticCache(config=model.config, max_cache_len=512)
+
+
+class PiKV(CacheConformance):
+    def __init__(self, tolerance: float, **composition: object) -> None:
+        self.composition = composition
+        self.logit_tolerance = tolerance
+
+    @contextmanager
+    def prepare(self, model: PreTrainedModel) -> Iterator[None]:
+        with attach(model, self.composition) as self.host:
+            yield
+
+    def make(self, model: PreTrainedModel) -> Cache:
+        return self.host.new_cache()
+
+    def models(self) -> list[PreTrainedModel]:
+        return super().models() if "compressor" not in self.composition else [llama()]
 
 
 class Quantized(DenseCacheConformance):
@@ -65,7 +85,12 @@ class Quantized(DenseCacheConformance):
 
 def suites() -> dict[str, CacheConformance]:
     """A suite for each cache that can be made here."""
-    found: dict[str, CacheConformance] = {"DynamicCache": Dynamic(), "StaticCache": Static()}
+    found: dict[str, CacheConformance] = {
+        "DynamicCache": Dynamic(),
+        "StaticCache": Static(),
+        "PiKV": PiKV(1e-4, page_size=16, tail_tokens=4),
+        "PiKV int8": PiKV(INT8, page_size=16, tail_tokens=4, compressor="int8"),
+    }
     for name, (arguments, tolerance) in BACKENDS.items():
         suite = Quantized(tolerance, **arguments)
         try:
@@ -144,7 +169,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    tolerances = ", ".join(f"{name}: {tolerance}" for name, (_, tolerance) in BACKENDS.items())
+    tolerances = f"PiKV int8: {INT8}, " + ", ".join(f"{name}: {tolerance}" for name, (_, tolerance) in BACKENDS.items())
     here = suites()
     text = (
         f"{versions()}. Logits may differ by 1e-4, those of caches that round by more ({tolerances}). A cell is "

@@ -10,6 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+
+pytest.importorskip("transformers", reason="transformers is missing: pip install pikv[transformers]")
 from transformers import DynamicCache
 
 from pikv.testing.transformers import DenseCacheConformance

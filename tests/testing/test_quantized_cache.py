@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+
+pytest.importorskip("transformers", reason="transformers is missing: pip install pikv[transformers]")
 import transformers
 from packaging.version import Version
 from transformers import QuantizedCache
