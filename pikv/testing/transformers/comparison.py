@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers.generation.utils import GenerateOutput
 
-from pikv.testing.transformers.programs import Answer
+from pikv.testing.transformers.operations import Answer
 
 
 def assert_close(got: Tensor, expected: Tensor, tolerance: float, what: str) -> None:

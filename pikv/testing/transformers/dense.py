@@ -15,7 +15,8 @@ from pikv.testing.policy import inherited
 from pikv.testing.transformers.comparison import assert_close, assert_same_answers
 from pikv.testing.transformers.hooks import reference
 from pikv.testing.transformers.models import llama
-from pikv.testing.transformers.programs import Answer, Crop, Feed, Operation, Program, Reorder, Repeat, Select, programs
+from pikv.testing.transformers.operations import Answer, Crop, Feed, Program, Reorder, Repeat, Select
+from pikv.testing.transformers.programs import programs
 from pikv.testing.transformers.suite import CacheConformance
 
 LAYERS, KV_HEADS, HEAD_DIM = 2, 2, 16  # of the small models
@@ -60,26 +61,26 @@ class DenseCacheConformance(CacheConformance):
 
     state_tolerance: float = 0.0
 
-    def updates(self, *operations: Operation, batch: int = 3, dtype: torch.dtype = torch.float32) -> None:
-        """The operations get the same keys and values as from DynamicCache."""
-        got, expected = self.both(llama(), partial(returned, Program(operations, batch), dtype))
+    def check_updates(self, program: Program, dtype: torch.dtype = torch.float32) -> None:
+        """A program gets the same keys and values as from DynamicCache."""
+        got, expected = self.both(llama(), partial(returned, program, dtype))
         assert_same_answers(got, expected, self.state_tolerance, "keys and values")
 
     def test_update_returns_all_that_was_stored(self) -> None:
         """Keys and values of all tokens so far, in their order, in the dtype that they came in."""
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            self.updates(Feed(5), Feed(1), Feed(70), Feed(1), Feed(2), dtype=dtype)
+            self.check_updates(Program((Feed(5), Feed(1), Feed(70), Feed(1), Feed(2))), dtype)
 
     def test_stored_rows_and_columns_move(self) -> None:
         """Reorder, select, repeat and crop move what was stored, and nothing else."""
         moves = (Reorder((2, 0, 0)), Feed(1), Crop(3), Feed(2), Select((2, 1)), Feed(1), Repeat(2), Feed(1))
-        self.updates(Feed(9), *moves)
+        self.check_updates(Program((Feed(9), *moves)))
 
     @inherited
     @given(program=programs())
     def test_any_program_of_updates(self, program: Program) -> None:
         """Any mixture of all this."""
-        self.updates(*program.operations, batch=program.batch)
+        self.check_updates(program)
 
     def test_update_changes_nothing_given(self) -> None:
         """Neither an update nor a later one writes to the tensors that came in."""

@@ -9,19 +9,11 @@ from transformers import Cache
 
 from pikv.testing.policy import inherited
 from pikv.testing.transformers.comparison import assert_same_answers, rounding_error
+from pikv.testing.transformers.dialogue import ModelDialogue
 from pikv.testing.transformers.hooks import LEFT, RIGHT, CacheHooks, answers, reference
 from pikv.testing.transformers.models import half_llama, llama
-from pikv.testing.transformers.programs import (
-    Answer,
-    Crop,
-    Feed,
-    ModelDialogue,
-    Program,
-    Reorder,
-    Repeat,
-    Select,
-    programs,
-)
+from pikv.testing.transformers.operations import Answer, Crop, Feed, Program, Reorder, Repeat, Select
+from pikv.testing.transformers.programs import programs
 
 
 class ForwardConformance(CacheHooks):
@@ -99,7 +91,7 @@ class ForwardConformance(CacheHooks):
     @given(program=programs())
     def test_any_program(self, program: Program) -> None:
         """Any mixture of all this."""
-        self.check(*program.operations, batch=program.batch)
+        self.check_program(program)
 
     def test_bfloat16(self) -> None:
         """In bfloat16 logits are no farther from the float32 model's than twice as far as DynamicCache's are."""

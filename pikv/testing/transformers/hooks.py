@@ -10,8 +10,9 @@ from typing import TypeVar
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from pikv.testing.transformers.comparison import assert_same_answers
+from pikv.testing.transformers.dialogue import ModelDialogue
 from pikv.testing.transformers.models import llama, mixtral
-from pikv.testing.transformers.programs import Answer, ModelDialogue, Operation, Program
+from pikv.testing.transformers.operations import Answer, Operation, Program
 
 Output = TypeVar("Output")
 
@@ -57,7 +58,10 @@ class CacheHooks:
 
     def check(self, *operations: Operation, batch: int = 3) -> None:
         """The operations get the same logits from every model, and the cache states the same lengths."""
-        program = Program(operations, batch)
+        self.check_program(Program(operations, batch))
+
+    def check_program(self, program: Program) -> None:
+        """So does a program."""
         for model in self.models():
             got, expected = self.both(model, partial(answers, model, program))
             assert_same_answers(got, expected, self.logit_tolerance, type(model).__name__)
