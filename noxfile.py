@@ -15,6 +15,8 @@ nox.options.sessions = ["lint", "types", "tests", "mpi"]
 nox.options.reuse_venv = "yes"
 
 LONG = {"HYPOTHESIS_PROFILE": "long"}
+OLDEST, NEWEST = "5.2.0", "5.24.0"  # transformers: the lower bound of pyproject.toml, and the last one tried
+OF_TRANSFORMERS = ("hf-xet", "huggingface_hub", "tokenizers", "transformers", "typer")  # it chooses their versions
 NOTHING_COLLECTED = 5  # pytest's exit status when no test carries the marker; pytest says so itself
 
 
@@ -65,16 +67,46 @@ def bench(session: nox.Session) -> None:
 
 @nox.session
 def full(session: nox.Session) -> None:
-    """What is too long for every change: slow tests, and property tests with many examples."""
+    """What is too long for every change: slow tests, and property tests with many examples.
+
+    Then the other sessions of the long set, `transformers_oldest` and `transformers_newest`.
+    """
     session.install("-c", "constraints.txt", "-e", ".[all,dev]")
     session.run("pytest", "-m", "(slow or property) and not peers", *session.posargs, env=LONG)
+    session.notify("transformers_oldest")
+    session.notify("transformers_newest")
+
+
+@nox.session
+def transformers_oldest(session: nox.Session) -> None:
+    """The adapter and the suite for caches with the oldest supported version of transformers."""
+    with_transformers(session, OLDEST)
+
+
+@nox.session
+def transformers_newest(session: nox.Session) -> None:
+    """The adapter and the suite for caches with the newest version of transformers."""
+    with_transformers(session, NEWEST)
+
+
+def with_transformers(session: nox.Session, version: str) -> None:
+    """Pin what the checks run with, but for transformers and what it chooses itself."""
+    pins = Path("constraints.txt").read_text().splitlines()
+    kept = [pin for pin in pins if not pin.startswith(OF_TRANSFORMERS)]
+    constraints = Path(session.create_tmp()) / "constraints.txt"
+    constraints.write_text("\n".join([*kept, f"transformers=={version}"]))
+    session.install("-c", str(constraints), "-e", ".[numba,transformers,dev]")
+    tests = ["tests/adapters/transformers", "tests/testing/test_cache_conformance.py"]
+    session.run("pytest", "-m", "not mpi and not peers", *(session.posargs or tests))
 
 
 @nox.session
 def peers(session: nox.Session) -> None:
     """Comparisons with libraries that pin old versions of their own dependencies."""
     session.install("-c", "constraints.txt", "-e", ".[peers,tasks,dev]")
-    session.run("pytest", "-m", "peers", *session.posargs, success_codes=[0, NOTHING_COLLECTED])
+    # hqq, which transformers imports where it is installed, compiles with a deprecated part of torch as it is imported.
+    quiet = ("-W", "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+    session.run("pytest", "-m", "peers", *quiet, *session.posargs, success_codes=[0, NOTHING_COLLECTED])
 
 
 @nox.session
