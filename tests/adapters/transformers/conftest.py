@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 
 import pytest
 import torch
 
 transformers = pytest.importorskip("transformers", reason="transformers is missing: pip install pikv[transformers]")
 from pikv.adapters.transformers import attach  # noqa: E402  # needs transformers
+from pikv.testing.transformers.models import cache_argument  # noqa: E402  # likewise
 
 SIZES = {
     "vocab_size": 97,
@@ -161,8 +161,7 @@ class Talk:
 
     def __init__(self, model, cache, attached=contextlib.nullcontext):
         self.model, self.cache, self.attached = model, cache, attached
-        new_name = "cache" in inspect.signature(type(model.base_model).forward).parameters
-        self.keyword = "cache" if new_name else "past_key_values"
+        self.keyword = cache_argument(model)
 
     def says(self, ids, mask, **settings):
         """The output of generate: sequences, logits."""

@@ -7,6 +7,7 @@ import torch
 import transformers
 
 from pikv.adapters.transformers import attach
+from pikv.testing.transformers.models import cache_argument
 
 BUDGETS = {
     "importance": {"token_selector": {"name": "importance", "recent": 8}},
@@ -67,7 +68,7 @@ def test_a_budget_is_a_mask(family, names, models, pad):
             reference.note(cache.pikv)
             inputs = {"input_ids": ids[:, chunk], "position_ids": places[:, chunk]}
             seen = mask[:, : int(chunk[-1]) + 1]
-            ours.append(model(**inputs, attention_mask=seen, past_key_values=cache).logits)
+            ours.append(model(**inputs, attention_mask=seen, **{cache_argument(model): cache}).logits)
         assert int(cache.pikv.retrieve(1).mask.sum(-1).max()) < 110  # something was evicted
     transformers.AttentionInterface.register("masked", reference.attend)
     before = model.config._attn_implementation
@@ -78,7 +79,7 @@ def test_a_budget_is_a_mask(family, names, models, pad):
             for chunk in chunks:
                 inputs = {"input_ids": ids[:, chunk], "position_ids": places[:, chunk]}
                 padding = mask[:, None, None].bool()
-                theirs.append(model(**inputs, attention_mask=padding, past_key_values=full).logits)
+                theirs.append(model(**inputs, attention_mask=padding, **{cache_argument(model): full}).logits)
     finally:
         model.set_attn_implementation(before)
     real = mask.bool()

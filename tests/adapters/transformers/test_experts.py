@@ -7,6 +7,7 @@ import torch
 
 import pikv
 from pikv.adapters.transformers import attach
+from pikv.testing.transformers.models import cache_argument
 
 
 def test_top_k_names_the_experts_that_computed(family_model, prompt):
@@ -25,7 +26,7 @@ def test_top_k_names_the_experts_that_computed(family_model, prompt):
     hooks = [each.register_forward_pre_hook(lambda _, args: used.append(args[1:3])) for each in experts]
     with attach(family_model, {"router": "top_k"}) as host, torch.no_grad():
         cache = host.new_cache()
-        family_model(input_ids=prompt[0], past_key_values=cache)
+        family_model(input_ids=prompt[0], **{cache_argument(family_model): cache})
     for hook in hooks:
         hook.remove()
     assert len(cache.routed) == len(experts)
@@ -40,5 +41,5 @@ def test_without_a_router_nothing_is_observed(mixtral, prompt):
     """No hook, no routing."""
     with attach(mixtral) as host, torch.no_grad():
         cache = host.new_cache()
-        mixtral(input_ids=prompt[0], past_key_values=cache)
+        mixtral(input_ids=prompt[0], **{cache_argument(mixtral): cache})
     assert cache.routed == {}

@@ -9,6 +9,7 @@ import torch
 import transformers
 
 from pikv.adapters.transformers import attach
+from pikv.testing.transformers.models import cache_argument
 
 
 def test_sampling(mixtral, prompt, plain, pikv_talk):
@@ -131,7 +132,7 @@ def test_two_models_and_two_caches_each(models, prompt, plain):
     def speak(number, host, model):
         said[number] = model.generate(
             prompt[0], attention_mask=prompt[1], max_new_tokens=16, do_sample=False, pad_token_id=0,
-            past_key_values=host.new_cache(),
+            **{cache_argument(model): host.new_cache()},
         )  # fmt: skip
 
     threads = [

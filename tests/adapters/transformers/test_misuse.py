@@ -7,6 +7,7 @@ import torch
 
 import pikv
 from pikv.adapters.transformers import attach
+from pikv.testing.transformers.models import cache_argument
 
 
 @pytest.fixture
@@ -85,7 +86,7 @@ def test_an_attention_that_was_changed_afterwards(mixtral):
         cache = host.new_cache()
         mixtral.set_attn_implementation("eager")
         with pytest.raises(pikv.StateError, match="changed to 'eager'"):
-            mixtral(input_ids=torch.ones(1, 4, dtype=torch.int64), past_key_values=cache)
+            mixtral(input_ids=torch.ones(1, 4, dtype=torch.int64), **{cache_argument(mixtral): cache})
 
 
 def test_a_scale_that_was_changed_afterwards(random_model):
@@ -94,7 +95,7 @@ def test_a_scale_that_was_changed_afterwards(random_model):
     with attach(model) as host:
         model.base_model.layers[1].self_attn.scaling = 0.5
         with pytest.raises(pikv.StateError, match=r"layer 1 attends with scale 0\.5"):
-            model(input_ids=torch.ones(1, 4, dtype=torch.int64), past_key_values=host.new_cache())
+            model(input_ids=torch.ones(1, 4, dtype=torch.int64), **{cache_argument(model): host.new_cache()})
 
 
 def test_an_attention_that_never_asks(talk):
@@ -131,7 +132,7 @@ def test_dropout(random_model):
     """A cache and training do not go together."""
     model = random_model("llama", attention_dropout=0.5).train()
     with attach(model) as host, pytest.raises(pikv.InputError, match=r"dropout must be 0 .* got 0.5"):
-        model(input_ids=torch.ones(1, 4, dtype=torch.int64), past_key_values=host.new_cache())
+        model(input_ids=torch.ones(1, 4, dtype=torch.int64), **{cache_argument(model): host.new_cache()})
 
 
 def test_a_pool_that_is_full_takes_the_call_back(models, pad):
@@ -143,11 +144,11 @@ def test_a_pool_that_is_full_takes_the_call_back(models, pad):
         pool = pikv.PagePool(host.model, host.runtime, capacity_bytes=20_000)
         first, second = host.new_cache(pool=pool), host.new_cache(pool=pool)
         with torch.no_grad():
-            expected = model(**inputs, past_key_values=first).logits
+            expected = model(**inputs, **{cache_argument(model): first}).logits
             held = first.pikv.stored_bytes().pages
             with pytest.raises(pikv.PoolFullError):
-                model(**inputs, past_key_values=second)
+                model(**inputs, **{cache_argument(model): second})
             assert second.get_seq_length() == 0
             first.reset()
             assert held > 0
-            torch.testing.assert_close(model(**inputs, past_key_values=second).logits, expected)
+            torch.testing.assert_close(model(**inputs, **{cache_argument(model): second}).logits, expected)
