@@ -80,7 +80,7 @@ class MixtralConfig:
             experts=found["num_local_experts"],
             experts_per_token=found["num_experts_per_tok"],
             norm_eps=found["rms_norm_eps"],
-            rotary=Rotary(dim=head_dim, theta=rope.get("rope_theta") or found.get("rope_theta") or 1e6),
+            rotary=Rotary.of(dim=head_dim, theta=rope.get("rope_theta") or found.get("rope_theta") or 1e6),
             window=found.get("sliding_window"),
             end_ids=tuple(end) if isinstance(end, list) else (end,) if end is not None else (),
         )

@@ -42,6 +42,7 @@ class PiKVCache:
         self.pool = PagePool(model, self.runtime) if pool is None else pool
         if self.pool.device != model.device:
             raise ConfigError(f"pool must be on {model.device} like the model, got one on {self.pool.device}")
+        self.runtime.check_serves(model)
         self._budget = Budget.of(model, self.runtime)
         self._served = serve(model, self.runtime)
         for served in self._served:

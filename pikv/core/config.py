@@ -17,6 +17,7 @@ from pikv.core.ports import (
     Backend,
     Compressor,
     FullPool,
+    NeedsRotary,
     PageSelector,
     Router,
     Sharding,
@@ -240,6 +241,16 @@ class RuntimeConfig:
     def places(self) -> int:
         """How many ranks store tokens."""
         return 1 if self.transport is None else self.transport.size
+
+    def check_serves(self, model: ModelConfig) -> None:
+        """Raise ConfigError if a part needs what the model does not say of itself."""
+        part = self.token_selector
+        for layer_id, layer in enumerate(model.layers):
+            if isinstance(part, NeedsRotary) and layer.rotary is None:
+                raise ConfigError(
+                    f"layer {layer_id} has no rotary (it is not known, or depends on the length of the text), which "
+                    f"{type(part).__name__} needs to un-rotate keys; give LayerConfig a rotary, or compose another part"
+                )
 
     def form(self, layer: LayerConfig, dtype: torch.dtype) -> PageForm:
         """The layout of this layer's pages."""

@@ -39,6 +39,20 @@ class TokenView:
         return self._decode()[0]
 
     @property
+    def unrotated_keys(self) -> Tensor:
+        """The keys before rotary embedding, [sequences, kv_heads, tokens, key_dim]; decoded on request.
+
+        A row whose positions are places in a padded sequence keeps the rotation by its padding, the same for all its
+        keys. Raises StateError where it is not known how the layer rotates.
+        """
+        if self.layer.rotary is None:
+            raise StateError(
+                f"layer {self.layer_id} has no rotary, so its keys cannot be un-rotated; derive from NeedsRotary too, "
+                "so that this is refused when composed"
+            )
+        return self.layer.rotary.remove(self.keys, self.positions)
+
+    @property
     def values(self) -> Tensor:
         """[sequences, kv_heads, tokens, value_dim] as they are read back; decoded on request."""
         return self._decode()[1]

@@ -9,6 +9,7 @@ import attrs
 from torch import nn
 
 from pikv.adapters.transformers.latent import latent_kv
+from pikv.adapters.transformers.rotary import rotary_of
 from pikv.core.config import LayerConfig, ModelConfig
 from pikv.core.errors import ConfigError
 
@@ -71,6 +72,7 @@ def model_config(model: nn.Module) -> ModelConfig:
                 **_heads(config, attention),
                 scale=attention.scaling,
                 window=family.windows(config, layer_id),
+                rotary=rotary_of(model, layer_id),
                 sinks=None if sinks is None else sinks.detach().float().tolist(),
             )
         )

@@ -5,7 +5,7 @@ from pikv.core.ports.backend import AttendKernel, Backend, PageCodec, Pages
 from pikv.core.ports.compressor import Compressor
 from pikv.core.ports.full_pool import FullPool
 from pikv.core.ports.router import Observation, Router, RouterState, Routing
-from pikv.core.ports.selector import IndexForm, PageIndex, PageSelector, QueryTokenSelector, TokenSelector
+from pikv.core.ports.selector import IndexForm, NeedsRotary, PageIndex, PageSelector, QueryTokenSelector, TokenSelector
 from pikv.core.ports.sharding import Sharding
 from pikv.core.ports.transport import Transport
 
@@ -16,6 +16,7 @@ __all__ = [
     "Compressor",
     "FullPool",
     "IndexForm",
+    "NeedsRotary",
     "Observation",
     "PageCodec",
     "PageIndex",

@@ -31,6 +31,10 @@ class TokenSelector(abc.ABC):
         """Return [sequences, kv_heads, tokens]; the lowest leave first. Changes nothing."""
 
 
+class NeedsRotary:
+    """Derived from by a part that looks at `unrotated_keys`: it is refused for a model whose rotary is not known."""
+
+
 class QueryTokenSelector(TokenSelector):
     """A token selector that looks at the newest queries; its view has `queries`, `asked` and `attention()`."""
 

@@ -8,6 +8,7 @@ import transformers
 
 import pikv
 from pikv.adapters.transformers import attach, model_config, supported_families
+from pikv.testing.transformers.models import cache_argument
 
 
 def test_greedy_with_left_padding(family_model, prompt, plain, pikv_talk, alike):
@@ -77,6 +78,27 @@ def test_latents_are_stored_where_transformers_caches_them(models, pad, pikv_tal
         assert (layer.kv_heads, layer.key_dim, layer.value_dim) == (4, 24, 24)
         pytest.skip(f"transformers {transformers.__version__} caches DeepSeek's heads expanded; latents need 5.24")
     assert (layer.kv_heads, layer.key_dim, layer.value_dim) == (1, 32 + 8, 32)
+
+
+def test_keys_are_unrotated(family_model):
+    """In the first layer a token's key depends on the token alone, until it is rotated."""
+    with attach(family_model, {"page_size": 16, "tail_tokens": 16}) as host, torch.no_grad():
+        cache = host.new_cache()
+        family_model(input_ids=torch.full((1, 9), 5), **{cache_argument(family_model): cache})
+        context, rotary = cache.pikv.retrieve(0), host.model.layers[0].rotary
+    plain = rotary.remove(context.keys, context.positions)
+    assert (context.keys - context.keys[:, :, :1]).abs().max() > 0.1
+    torch.testing.assert_close(plain, plain[:, :, :1].expand_as(plain), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["longrope", "dynamic"])
+def test_a_rotary_that_depends_on_the_length_is_not_known(kind, random_model, prompt, plain, pikv_talk, alike):
+    """The model is served; only parts that un-rotate keys are refused."""
+    factors = {"long_factor": [1.0] * 8, "short_factor": [1.0] * 8, "factor": 2.0}
+    settings = {"rope_type": kind, "rope_theta": 10_000.0, "factor": 2.0, **(factors if kind == "longrope" else {})}
+    model = random_model("llama", rope_parameters={**settings, "original_max_position_embeddings": 256})
+    assert all(layer.rotary is None for layer in model_config(model).layers)
+    alike(pikv_talk(model).says(*prompt), plain(model).says(*prompt))
 
 
 def test_a_family_that_is_not_known_is_refused_by_name():
