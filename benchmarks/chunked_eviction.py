@@ -135,7 +135,7 @@ def main() -> None:
         "--chunks", type=int, nargs="*", default=[1024, 512, 256], help="sizes, beside the whole prompt"
     )
     parser.add_argument("--samples", type=int, default=32)
-    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--batch", type=int, default=16)
     arguments = parser.parse_args()
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()
     results: dict[str, dict[int, tuple[float, float]]] = {}
