@@ -72,6 +72,11 @@ class Affine:
         return 8 // self.bits
 
     @property
+    def codes_a_word(self) -> int:
+        """How many codes 4 bytes hold."""
+        return 32 // self.bits
+
+    @property
     def highest_code(self) -> int:
         """2**bits - 1."""
         return (1 << self.bits) - 1

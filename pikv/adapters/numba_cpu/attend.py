@@ -10,7 +10,8 @@ from typing import Any
 import numba
 import numpy as np
 
-import pikv.adapters.numba_cpu.dense  # noqa: F401  # says how dense pages are scored and summed
+import pikv.adapters.numba_cpu.affine
+import pikv.adapters.numba_cpu.dense  # noqa: F401  # how pages are scored and summed
 from pikv.adapters.numba_cpu.compiled import INLINED, compiled
 from pikv.adapters.numba_cpu.merge import LOG_2, merge
 from pikv.adapters.numba_cpu.pages import add_values, score_keys
@@ -40,7 +41,7 @@ def share(count: int, worker: int, workers: int) -> Any:
 @compiled
 def _attend_jobs(shape: Any, call: Call, scale: float, worker: int) -> None:
     splits = call.page_splits + call.tail_splits
-    scratch = call.scratch + worker * (call.padded * shape.query_bytes + shape.rows * shape.score_bytes)
+    scratch = call.scratch + worker * (call.padded * shape.query_bytes + shape.block_bytes)
     first, last = share(call.rows_of_table * splits, worker, call.workers)
     for job in range(first, last):
         row, split = job // splits, job % splits

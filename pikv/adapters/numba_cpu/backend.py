@@ -18,11 +18,11 @@ from torch import Tensor
 
 from pikv.adapters.numba_cpu.attend import attend
 from pikv.adapters.numba_cpu.machine import Machine, Path, machine
-from pikv.adapters.numba_cpu.shape import Call, DenseField, Shape
+from pikv.adapters.numba_cpu.shape import AffineField, Call, DenseField, Shape
 from pikv.adapters.numba_cpu.simd import Numbers
 from pikv.adapters.numba_cpu.static import Static
 from pikv.core.attention import Partial
-from pikv.core.forms import Dense, PageForm
+from pikv.core.forms import Affine, Dense, Encoding, PageForm
 from pikv.core.ports import AttendKernel, Backend, PageCodec, Pages
 
 LOOK_AHEAD = 16_384  # bytes, in whole pages, that memory is fetched ahead
@@ -59,18 +59,19 @@ class NumbaCpu(Backend):
 def shape_of(codec: PageCodec, on: Machine) -> Shape | None:
     """What a kernel for these pages is compiled for; None if there is none."""
     form, layer = codec.form, codec.layer
-    keys, values = (_field(form, side, encoding) for side, encoding in (("keys", form.keys), ("values", form.values)))
+    most = min(MOST_ROWS, on.sums // 2)
+    rows = -(-layer.group // -(-layer.group // most))  # as few more than the group as can be
+    keys, values = _field(form, "key", form.keys, rows, on), _field(form, "value", form.values, rows, on)
     if keys is None or values is None or layer.softcap is not None:
         return None
     if form.page_size % on.lanes or layer.value_dim % on.lanes:
         return None
-    most = min(MOST_ROWS, on.sums // 2)
     return Shape(
         machine=on,
         page_size=form.page_size,
         key_dim=layer.key_dim,
         value_dim=layer.value_dim,
-        rows=-(-layer.group // -(-layer.group // most)),
+        rows=rows,
         stride=form.stride,
         positions=form.field("positions").offset,
         ahead=max(1, round(LOOK_AHEAD / form.stride)),
@@ -80,9 +81,21 @@ def shape_of(codec: PageCodec, on: Machine) -> Shape | None:
     )
 
 
-def _field(form: PageForm, name: str, encoding: Any) -> DenseField | None:
+def _field(form: PageForm, name: str, encoding: Encoding, rows: int, on: Machine) -> DenseField | AffineField | None:
+    """How keys or values are stored, if kernels know it. rows: of queries."""
     if isinstance(encoding, Dense) and encoding.dtype in _NUMBERS:
-        return DenseField(numbers=_NUMBERS[encoding.dtype], offset=form.field(name).offset)
+        return DenseField(numbers=_NUMBERS[encoding.dtype], offset=form.field(f"{name}s").offset)
+    if isinstance(encoding, Affine) and encoding.order == "words" and encoding.group % on.lanes == 0:
+        codes, scales, zeros = (form.field(f"{name}{part}").offset for part in ("s", "_scales", "_zeros"))
+        return AffineField(
+            bits=encoding.bits,
+            group=encoding.group,
+            codes=codes,
+            scales=scales,
+            zeros=zeros,
+            rows=rows,
+            machine=on,
+        )
     return None
 
 
@@ -132,7 +145,7 @@ class NumbaAttend:
         workers = min(torch.get_num_threads(), numba.get_num_threads())
         padded = -(-queries // shape.rows) * shape.rows
         splits = min(MOST_SPLITS, -(-width // SPLIT_PAGES))
-        scratch = workers * (padded * shape.query_bytes + shape.rows * shape.score_bytes)
+        scratch = workers * (padded * shape.query_bytes + shape.block_bytes)
         states = sequences * kv_heads * splits * padded * shape.state_bytes
         memory = _memory.address(scratch + states)
         call = Call(

@@ -7,7 +7,8 @@ from typing import Any
 from pikv.adapters.numba_cpu.compiled import compiled
 from pikv.adapters.numba_cpu.pages import add_values, does, score_keys
 from pikv.adapters.numba_cpu.shape import DenseField
-from pikv.adapters.numba_cpu.simd import add_outer, load_row, load_tile, prefetch_far, prefetch_near, store_tile, zeros
+from pikv.adapters.numba_cpu.simd import prefetch_far, prefetch_near
+from pikv.adapters.numba_cpu.tiles import add_outer, load_row, load_tile, store_tile, zeros
 
 NEAR = 2048  # bytes ahead that memory is fetched into the first cache
 

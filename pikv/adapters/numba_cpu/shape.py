@@ -7,11 +7,13 @@ from typing import NamedTuple
 import attrs
 
 from pikv.adapters.numba_cpu.machine import Machine
-from pikv.adapters.numba_cpu.simd import Numbers, Tile
+from pikv.adapters.numba_cpu.simd import Numbers
 from pikv.adapters.numba_cpu.static import static
+from pikv.adapters.numba_cpu.tiles import Tile
+from pikv.core.forms import ALIGNMENT
 from pikv.core.tables import all_live
 
-FLOAT = Numbers("f32", 4)
+FLOAT, HALF = Numbers("f32", 4), Numbers("f16", 2)
 
 
 @static
@@ -21,6 +23,58 @@ class DenseField:
 
     numbers: Numbers
     offset: int
+
+
+@static
+@attrs.frozen(kw_only=True)
+class AffineField:
+    """Keys or values stored as codes, in the order "words". codes, scales, zeros: where they lie in a page.
+
+    rows: of queries. dots: whether bytes are multiplied, as 0 or 1.
+    """
+
+    bits: int
+    group: int
+    codes: int
+    scales: int
+    zeros: int
+    rows: int
+    machine: Machine
+
+    @property
+    def dots(self) -> int:
+        """1 if products are of bytes."""
+        return self.machine.dots
+
+    @property
+    def codes_a_word(self) -> int:
+        """How many codes a word of 4 bytes holds."""
+        return 32 // self.bits
+
+    @property
+    def mask(self) -> int:
+        """The bits of one code."""
+        return (1 << self.bits) - 1
+
+    @property
+    def byte_mask(self) -> int:
+        """The bits of one code in each byte of a word, as an int32."""
+        return int.from_bytes(4 * bytes([self.mask]), "little", signed=True)
+
+    @property
+    def line(self) -> Tile:
+        """One vector."""
+        return Tile(self.machine.lanes, 1, 1)
+
+    @property
+    def column(self) -> Tile:
+        """One vector a row."""
+        return Tile(self.machine.lanes, self.rows, 1)
+
+    @property
+    def sums(self) -> Tile:
+        """Sums of `rows` queries over some columns of a group, each in two digits if bytes are multiplied."""
+        return _tile(self.machine, self.rows, self.group, self.machine.sums // (1 + self.dots))
 
 
 @static
@@ -41,19 +95,19 @@ class Shape:
     stride: int
     positions: int
     ahead: int
-    keys: DenseField
-    values: DenseField
+    keys: DenseField | AffineField
+    values: DenseField | AffineField
     sources: int
 
     @property
     def score_tile(self) -> Tile:
         """Scores of `rows` queries and some of a page's tokens."""
-        return self._tile(self.page_size)
+        return _tile(self.machine, self.rows, self.page_size, self.machine.sums)
 
     @property
     def sum_tile(self) -> Tile:
         """Sums of `rows` queries over some of the value channels."""
-        return self._tile(self.value_dim)
+        return _tile(self.machine, self.rows, self.value_dim, self.machine.sums)
 
     @property
     def all_live(self) -> int:
@@ -64,12 +118,6 @@ class Shape:
     def line(self) -> Tile:
         """One vector."""
         return Tile(self.machine.lanes, 1, 1)
-
-    def _tile(self, width: int) -> Tile:
-        """The widest that divides `width` and whose sums stay in registers."""
-        lanes, vectors = self.machine.lanes, width // self.machine.lanes
-        most = max(1, self.machine.sums // self.rows)
-        return Tile(lanes, self.rows, max(n for n in range(1, most + 1) if vectors % n == 0))
 
     # Bytes of what one query needs in scratch memory.
 
@@ -84,6 +132,11 @@ class Shape:
         return 4 * self.page_size
 
     @property
+    def block_bytes(self) -> int:
+        """For `rows` queries: scores, and for codes what `fold` writes."""
+        return _aligned(self.rows * (self.score_bytes + 6 * max(self.key_dim, self.page_size))) + ALIGNMENT
+
+    @property
     def sum_bytes(self) -> int:
         """The sums of values."""
         return 4 * self.value_dim
@@ -92,6 +145,16 @@ class Shape:
     def state_bytes(self) -> int:
         """What one job and query keep: sums, then lane by lane the sums of weights, and the highest score."""
         return self.sum_bytes + 8 * self.machine.lanes
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
+def _tile(machine: Machine, rows: int, width: int, sums: int) -> Tile:
+    """The widest tile that divides `width` and has no more than `sums` vectors, if one of as many rows can."""
+    vectors, most = width // machine.lanes, max(1, sums // rows)
+    return Tile(machine.lanes, rows, max(n for n in range(1, most + 1) if vectors % n == 0))
 
 
 class Call(NamedTuple):

@@ -23,6 +23,7 @@ from pikv.adapters.numba_cpu.simd import (
     nearest,
     shift_left,
     splat,
+    splat_int,
     store,
     subtract,
     to_int,
@@ -46,7 +47,7 @@ def exp2(line: Any, x: Any) -> Any:
     power = fma(power, part, splat(line, 2.4022651e-1))
     power = fma(power, part, splat(line, 6.9314718e-1))
     power = fma(power, part, splat(line, 1.0))
-    scale = bits_as_float(shift_left(add_ints(to_int(whole), splat(line, 127)), 23))
+    scale = bits_as_float(shift_left(add_ints(to_int(whole), splat_int(line, 127)), 23))
     return where_above(x, splat(line, SMALLEST), multiply(power, scale), splat(line, 0.0))
 
 
