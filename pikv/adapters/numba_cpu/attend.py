@@ -10,8 +10,7 @@ from typing import Any
 import numba
 import numpy as np
 
-import pikv.adapters.numba_cpu.affine
-import pikv.adapters.numba_cpu.dense  # noqa: F401  # how pages are scored and summed
+import pikv.adapters.numba_cpu.dots  # noqa: F401  # how pages are scored and summed
 from pikv.adapters.numba_cpu.compiled import INLINED, compiled
 from pikv.adapters.numba_cpu.merge import LOG_2, merge
 from pikv.adapters.numba_cpu.pages import add_values, score_keys

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from pikv.adapters.numba_cpu.attend import attend
 from pikv.adapters.numba_cpu.machine import Machine, Path, machine
-from pikv.adapters.numba_cpu.shape import AffineField, Call, DenseField, Shape
+from pikv.adapters.numba_cpu.shape import AffineField, Call, DenseField, DotField, Shape
 from pikv.adapters.numba_cpu.simd import Numbers
 from pikv.adapters.numba_cpu.static import Static
 from pikv.core.attention import Partial
-from pikv.core.forms import Affine, Dense, Encoding, PageForm
+from pikv.core.forms import Affine, Dense, Encoding
 from pikv.core.ports import AttendKernel, Backend, PageCodec, Pages
 
 LOOK_AHEAD = 16_384  # bytes, in whole pages, that memory is fetched ahead
@@ -61,7 +61,7 @@ def shape_of(codec: PageCodec, on: Machine) -> Shape | None:
     form, layer = codec.form, codec.layer
     most = min(MOST_ROWS, on.sums // 2)
     rows = -(-layer.group // -(-layer.group // most))  # as few more than the group as can be
-    keys, values = _field(form, "key", form.keys, rows, on), _field(form, "value", form.values, rows, on)
+    keys, values = _field(codec, "key", form.keys, rows, on), _field(codec, "value", form.values, rows, on)
     if keys is None or values is None or layer.softcap is not None:
         return None
     if form.page_size % on.lanes or layer.value_dim % on.lanes:
@@ -81,18 +81,23 @@ def shape_of(codec: PageCodec, on: Machine) -> Shape | None:
     )
 
 
-def _field(form: PageForm, name: str, encoding: Encoding, rows: int, on: Machine) -> DenseField | AffineField | None:
+def _field(codec: PageCodec, name: str, encoding: Encoding, rows: int, on: Machine) -> DenseField | AffineField | None:
     """How keys or values are stored, if kernels know it. rows: of queries."""
+    form, layer = codec.form, codec.layer
     if isinstance(encoding, Dense) and encoding.dtype in _NUMBERS:
         return DenseField(numbers=_NUMBERS[encoding.dtype], offset=form.field(f"{name}s").offset)
     if isinstance(encoding, Affine) and encoding.order == "words" and encoding.group % on.lanes == 0:
         codes, scales, zeros = (form.field(f"{name}{part}").offset for part in ("s", "_scales", "_zeros"))
-        return AffineField(
+        count, width = (layer.key_dim, form.page_size) if name == "key" else (form.page_size, layer.value_dim)
+        field = DotField if on.dots else AffineField
+        return field(
             bits=encoding.bits,
             group=encoding.group,
             codes=codes,
             scales=scales,
             zeros=zeros,
+            count=count,
+            width=width,
             rows=rows,
             machine=on,
         )

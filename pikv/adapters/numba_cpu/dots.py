@@ -1,19 +1,42 @@
-"""Sums of products of bytes: codes without a sign times digits with one, four of them in each lane at once."""
+"""Sums of products of bytes: codes without a sign times digits with one, four of them in each lane at once.
+
+Folded numbers are written in whole multiples of a 16256th of the greatest of them, in two digits to base 128. One
+digit alone would be too coarse where channels differ in size.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 import llvmlite.binding
+import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from pikv.adapters.numba_cpu.simd import INT, Vector, at, call, lower_load, spread
-from pikv.adapters.numba_cpu.tiles import Tile
+from pikv.adapters.numba_cpu.affine import FOLDED, TOPS, code_sums, prepare
+from pikv.adapters.numba_cpu.dense import fetch
+from pikv.adapters.numba_cpu.pages import does
+from pikv.adapters.numba_cpu.shape import DotField
+from pikv.adapters.numba_cpu.simd import (
+    INT,
+    Vector,
+    at,
+    both_bits,
+    call,
+    float_at,
+    lower_load,
+    multiply,
+    put_float,
+    shift_right,
+    splat,
+    splat_int,
+    spread,
+)
+from pikv.adapters.numba_cpu.tiles import Tile, load_ints, spread_rows
 
 HIGHEST = 16256.0  # 127 * 128: the greatest number whose digits to base 128 are from -64 to 127
-DIGITS = 32  # numbers whose digits are written at once
+SMALLEST = 1e-30  # of the greatest folded number, so that none is divided by 0
 
 
 def _pairs(tile: Tile) -> types.UniTuple:
@@ -82,38 +105,68 @@ def digits_as_float(typing: Any, tile: Any, dots: Any) -> Any:
 
 
 @intrinsic
-def put_digits(typing: Any, line: Any, numbers: Any, factor: Any, higher: Any, lower: Any) -> Any:
-    """Write the digits to base 128 of DIGITS float32 numbers times a factor, rounded, as bytes to two addresses.
+def put_digits(typing: Any, tile: Any, numbers: Any, factor: Any, higher: Any, lower: Any) -> Any:
+    """Write the digits of a row of float32 numbers times a factor, rounded, as bytes to two addresses.
 
     The higher digit is the nearest, so the lower one is from -64 to 63.
     """
-    lanes = line.value.lanes
-    count, half = DIGITS // lanes, ir.IntType(16)
+    lanes, count, half = tile.value.lanes, tile.value.width, ir.IntType(16)
 
     def lowered(context: Any, builder: Any, signature: Any, values: Any) -> Any:
         parts = []
-        for index in range(count):
-            place = builder.add(values[1], ir.IntType(64)(4 * lanes * index))
+        for column in range(tile.value.columns):
+            place = builder.add(values[1], ir.IntType(64)(4 * lanes * column))
             scaled = builder.fmul(lower_load(builder, place, "f32", lanes), values[2])
-            parts.append(_nearest_int(builder, scaled))
-        wide = _joined(builder, [builder.trunc(part, ir.VectorType(half, lanes)) for part in parts])
-        seven, rest = spread(builder, half(7), DIGITS), spread(builder, half(64), DIGITS)
-        top = builder.ashr(builder.add(wide, rest), seven)
-        bottom = builder.sub(wide, builder.shl(top, seven))
-        for digit, address in ((top, values[3]), (bottom, values[4])):
-            octets = builder.trunc(digit, ir.VectorType(ir.IntType(8), DIGITS))
+            parts.append(builder.trunc(_nearest_int(builder, scaled), ir.VectorType(half, lanes)))
+        wide = _joined(builder, parts)
+        seven = spread(builder, half(7), count)
+        top = builder.ashr(builder.add(wide, spread(builder, half(64), count)), seven)
+        for digit, address in ((top, values[3]), (builder.sub(wide, builder.shl(top, seven)), values[4])):
+            octets = builder.trunc(digit, ir.VectorType(ir.IntType(8), count))
             builder.store(octets, at(builder, address, octets.type), align=1)
         return context.get_dummy_value()
 
-    return types.void(line, types.int64, factor, types.int64, types.int64), lowered
+    return types.void(tile, types.int64, factor, types.int64, types.int64), lowered
 
 
 def _nearest_int(builder: Any, numbers: Any) -> Any:
-    everything = [numbers, ir.Constant(ir.VectorType(INT, 16), [0] * 16), ir.IntType(16)(0xFFFF), INT(4)]
-    return call(builder, "llvm.x86.avx512.mask.cvtps2dq.512", ir.VectorType(INT, 16), everything)
+    whole = ir.VectorType(INT, 16)
+    everything = [numbers, ir.Constant(whole, [0] * 16), ir.IntType(16)(0xFFFF), INT(4)]
+    return call(builder, "llvm.x86.avx512.mask.cvtps2dq.512", whole, everything)
 
 
 def _joined(builder: Any, vectors: list[Any]) -> Any:
-    first, second = vectors
-    order = ir.Constant(ir.VectorType(INT, 2 * first.type.count), list(range(2 * first.type.count)))
-    return builder.shuffle_vector(first, second, order)
+    """One vector of all lanes."""
+    while len(vectors) > 1:
+        lanes = vectors[0].type.count
+        order = ir.Constant(ir.VectorType(INT, 2 * lanes), list(range(2 * lanes)))
+        vectors = [builder.shuffle_vector(a, b, order) for a, b in zip(vectors[::2], vectors[1::2], strict=True)]
+    return vectors[0]
+
+
+@does(prepare, DotField)
+def make_digits(field: Any, scratch: int) -> None:
+    """See prepare: writes to scratch the size of a unit of each row's lower digit, and the digits."""
+    tile, rows, count = field.digits, field.rows, field.count
+    for row in range(rows):
+        unit = max(float_at(scratch + TOPS + 4 * row), np.float32(SMALLEST)) / np.float32(HIGHEST)
+        put_float(scratch + TOPS + 4 * row, unit)
+        numbers, digits = scratch + FOLDED + 4 * row * count, scratch + FOLDED + (4 * rows + row) * count
+        factor = splat(tile, np.float32(1.0) / unit)
+        for entry in range(0, count, tile.width):
+            put_digits(tile, numbers + 4 * entry, factor, digits + entry, digits + rows * count + entry)
+
+
+@does(code_sums, DotField)
+def byte_sums(field: Any, page: int, ahead: int, first: int, scratch: int) -> Any:
+    """See code_sums; four codes and digits are multiplied at once."""
+    tile, digits = field.sums, scratch + FOLDED + 4 * field.rows * field.count
+    dots = no_dots(tile)
+    for word in range(field.count // field.codes_a_word):
+        offset = field.codes + 4 * (word * field.width + first)
+        fetch(page + offset, ahead + offset, 4 * tile.width)
+        words = load_ints(tile, page + offset)
+        for part in range(field.parts):
+            codes = both_bits(shift_right(words, part * field.bits), splat_int(tile, field.byte_mask))
+            dots = add_dots(tile, dots, digits + 4 * (word * field.parts + part), field.count, codes)
+    return multiply(digits_as_float(tile, dots), spread_rows(tile, scratch + TOPS))

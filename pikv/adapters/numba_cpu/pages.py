@@ -10,7 +10,7 @@ from numba.extending import overload
 from pikv.adapters.numba_cpu.compiled import INLINED
 from pikv.adapters.numba_cpu.static import Static
 
-F = TypeVar("F", bound=Callable[..., None])
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 def score_keys(keys: Any, shape: Any, page: int, ahead: int, query: int, scores: int) -> None:
@@ -30,13 +30,13 @@ def add_values(values: Any, shape: Any, page: int, ahead: int, tokens: int, weig
     raise NotImplementedError  # in compiled code only
 
 
-def does(part: Callable[..., None], field_class: type) -> Callable[[F], F]:
-    """Let a function do `part` in compiled code where keys or values are stored as a field of this class."""
+def does(part: Callable[..., Any], *field_classes: type) -> Callable[[F], F]:
+    """Let a function do `part` in compiled code where keys or values are stored as a field of these classes."""
 
     def register(implementation: F) -> F:
         @overload(part, jit_options=INLINED, strict=False)
         def choose(field: Any, *rest: Any) -> F | None:
-            return implementation if isinstance(field, Static) and isinstance(field.value, field_class) else None
+            return implementation if isinstance(field, Static) and type(field.value) in field_classes else None
 
         return implementation
 

@@ -28,9 +28,10 @@ class DenseField:
 @static
 @attrs.frozen(kw_only=True)
 class AffineField:
-    """Keys or values stored as codes, in the order "words". codes, scales, zeros: where they lie in a page.
+    """Keys or values stored as codes in the order "words", for products with float32 numbers.
 
-    rows: of queries. dots: whether bytes are multiplied, as 0 or 1.
+    codes [count // codes_a_word, width, 4], scales, zeros: where they lie in a page. Sums go over `count` entries,
+    channels of keys and tokens of values, in each of `width` columns. rows: of queries.
     """
 
     bits: int
@@ -38,13 +39,10 @@ class AffineField:
     codes: int
     scales: int
     zeros: int
+    count: int
+    width: int
     rows: int
     machine: Machine
-
-    @property
-    def dots(self) -> int:
-        """1 if products are of bytes."""
-        return self.machine.dots
 
     @property
     def codes_a_word(self) -> int:
@@ -57,9 +55,9 @@ class AffineField:
         return (1 << self.bits) - 1
 
     @property
-    def byte_mask(self) -> int:
-        """The bits of one code in each byte of a word, as an int32."""
-        return int.from_bytes(4 * bytes([self.mask]), "little", signed=True)
+    def scale_bytes(self) -> int:
+        """The scales of a group."""
+        return 2 * self.count
 
     @property
     def line(self) -> Tile:
@@ -73,8 +71,34 @@ class AffineField:
 
     @property
     def sums(self) -> Tile:
-        """Sums of `rows` queries over some columns of a group, each in two digits if bytes are multiplied."""
-        return _tile(self.machine, self.rows, self.group, self.machine.sums // (1 + self.dots))
+        """Sums of `rows` queries over some columns of a group."""
+        return _tile(self.machine, self.rows, self.group, self.machine.sums)
+
+
+@static
+@attrs.frozen(kw_only=True)
+class DotField(AffineField):
+    """The same for products of bytes, four at once."""
+
+    @property
+    def parts(self) -> int:
+        """How many times four codes a word holds."""
+        return self.codes_a_word // 4
+
+    @property
+    def byte_mask(self) -> int:
+        """The bits of one code in each byte of a word, as an int32."""
+        return int.from_bytes(4 * bytes([self.mask]), "little", signed=True)
+
+    @property
+    def digits(self) -> Tile:
+        """Numbers whose digits are written at once."""
+        return _tile(self.machine, 1, self.count, 4)
+
+    @property
+    def sums(self) -> Tile:
+        """See AffineField; each sum is kept in two digits."""
+        return _tile(self.machine, self.rows, self.group, self.machine.sums // 2)
 
 
 @static
@@ -95,8 +119,8 @@ class Shape:
     stride: int
     positions: int
     ahead: int
-    keys: DenseField | AffineField
-    values: DenseField | AffineField
+    keys: DenseField | AffineField | DotField
+    values: DenseField | AffineField | DotField
     sources: int
 
     @property

@@ -123,7 +123,7 @@ def elementwise(arity: int, lower: Callable[..., Any], result: str | None = None
 
 
 def lower_fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
-    """a * b + c, rounded once."""
+    """A * b + c, rounded once."""
     return call(builder, f"llvm.fma.v{a.type.count}f32", a.type, [a, b, c])
 
 
