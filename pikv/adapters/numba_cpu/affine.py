@@ -81,8 +81,8 @@ def fold(field: Any, page: int, ahead: int, group: int, numbers: int, stride: in
         zero_sums = fma(number, load(line, HALF, page + scales + between + 2 * entry), zero_sums)
         tops = greatest(magnitude(folded), tops)
         store_tile(column, scratch + FOLDED + 4 * entry, 4 * field.count, folded)
-    put_totals(column, scratch, zero_sums)
-    put_highest(column, scratch + TOPS, tops)
+    put_totals(column, scratch, 4, zero_sums)
+    put_highest(column, scratch + TOPS, 4, tops)
     prepare(field, scratch)
 
 

@@ -12,11 +12,11 @@ from pikv.adapters.numba_cpu.shape import FLOAT
 from pikv.adapters.numba_cpu.simd import float_at, fma, load, multiply, put_float, splat, store, total
 from pikv.adapters.numba_cpu.softmax import LOWEST
 
-LOG_2 = math.log(2.0)
+LOG_2 = np.float32(math.log(2.0))
 
 
 @compiled
-def merge(shape: Any, states: int, between: int, splits: int, output: int, log: int) -> None:
+def merge(shape: Any, states: int, between: int, splits: int, output: int, lse: int) -> None:
     """Write one query's output, float32 [value_dim], and its natural log-sum-exp.
 
     states: address of its first split's state, and `between` bytes on that of the next.
@@ -36,8 +36,8 @@ def merge(shape: Any, states: int, between: int, splits: int, output: int, log: 
             grown = fma(load(line, FLOAT, state + at), splat(line, factor), load(line, FLOAT, output + at))
             store(output + at, grown)
     if weight_sum == 0:  # nothing is seen: the output is 0
-        put_float(log, np.float32(-np.inf))
+        put_float(lse, np.float32(-np.inf))
         return
     for at in range(0, shape.sum_bytes, step):
         store(output + at, multiply(load(line, FLOAT, output + at), splat(line, np.float32(1.0) / weight_sum)))
-    put_float(log, (high + np.log2(weight_sum)) * np.float32(LOG_2))
+    put_float(lse, (high + np.log2(weight_sum)) * LOG_2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import attrs
+import torch
 
 from pikv.adapters.numba_cpu.machine import Machine
 from pikv.adapters.numba_cpu.simd import Numbers
@@ -13,7 +14,8 @@ from pikv.adapters.numba_cpu.tiles import Tile
 from pikv.core.forms import ALIGNMENT
 from pikv.core.tables import all_live
 
-FLOAT, HALF = Numbers("f32", 4), Numbers("f16", 2)
+FLOAT, BFLOAT, HALF = Numbers("f32", 4), Numbers("bf16", 2), Numbers("f16", 2)
+NUMBERS = {torch.float32: FLOAT, torch.bfloat16: BFLOAT, torch.float16: HALF}
 
 
 @static
@@ -121,6 +123,7 @@ class Shape:
     ahead: int
     keys: DenseField | AffineField | DotField
     values: DenseField | AffineField | DotField
+    tail: DenseField
     sources: int
 
     @property
@@ -142,6 +145,11 @@ class Shape:
     def line(self) -> Tile:
         """One vector."""
         return Tile(self.machine.lanes, 1, 1)
+
+    @property
+    def column(self) -> Tile:
+        """One vector for each of `rows` queries."""
+        return Tile(self.machine.lanes, self.rows, 1)
 
     # Bytes of what one query needs in scratch memory.
 
@@ -182,14 +190,14 @@ def _tile(machine: Machine, rows: int, width: int, sums: int) -> Tile:
 
 
 class Call(NamedTuple):
-    """One call of a kernel: addresses, and counts. All int64.
+    """One call of a kernel: addresses, which are 0 for what is not given, and counts. A table row is a KV head's.
 
-    slab uint8 [rows, stride], rows int32 and live int64 [sequences * kv_heads, pages] in pages of `Shape`.
-    query [sequences * kv_heads, queries, key_dim] float32; oldest int64 [sequences, queries], 0 for no bound.
-    tail_keys, tail_values [sequences * kv_heads, tail_room, dim], tail_positions int32 [.., tail_room], tail_lengths
-    int64 [sequences * kv_heads].
-    output float32 [sequences * kv_heads, queries, value_dim], logs [sequences * kv_heads, queries], page_logs [..,
-    pages] or 0. states: scratch for each job. scratch: for each worker.
+    slab: the pages; rows int32 and live int64 [table rows, pages] say which. query [table rows, queries, key_dim] of
+    numbers in `query_kind`, an index of QUERIES; oldest int64 [sequences, queries]. The tail: keys and values
+    [table rows, tail_room, dim], positions int32 and lengths int64 of the table rows.
+    output float32 [table rows, queries, value_dim], lse [table rows, queries], page_lse [table rows, queries, pages].
+    states: memory for what each job sums up; scratch: for what each worker needs. padded: queries and as many zeros as
+    fill whole blocks of `Shape.rows`. Each table row is split into page_splits + tail_splits jobs.
     """
 
     slab: int
@@ -202,12 +210,13 @@ class Call(NamedTuple):
     tail_positions: int
     tail_lengths: int
     output: int
-    logs: int
-    page_logs: int
+    lse: int
+    page_lse: int
     states: int
     scratch: int
+    query_kind: int
+    table_rows: int
     heads: int
-    rows_of_table: int
     pages: int
     queries: int
     padded: int

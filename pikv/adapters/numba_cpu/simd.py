@@ -248,6 +248,16 @@ def float_at(typing: Any, address: Any) -> Any:
 
 
 @intrinsic
+def number_at(typing: Any, numbers: Any, address: Any) -> Any:
+    """The number at an address, as float32. numbers: how it is stored."""
+
+    def lower(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        return builder.extract_element(lower_load(builder, values[1], numbers.value.name, 1), INT(0))
+
+    return types.float32(numbers, types.int64), lower
+
+
+@intrinsic
 def int_at(typing: Any, address: Any) -> Any:
     """The int32 at an address."""
     return types.int32(types.int64), lambda _, builder, __, values: builder.load(at(builder, values[0], INT))

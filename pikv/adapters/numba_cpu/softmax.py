@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from pikv.adapters.numba_cpu.compiled import compiled
-from pikv.adapters.numba_cpu.shape import FLOAT
+from pikv.adapters.numba_cpu.shape import FLOAT, Call
 from pikv.adapters.numba_cpu.simd import (
     add,
     add_ints,
@@ -18,9 +20,12 @@ from pikv.adapters.numba_cpu.simd import (
     fma,
     greatest,
     highest,
+    int_at,
     load,
+    long_at,
     multiply,
     nearest,
+    put_float,
     shift_left,
     splat,
     splat_int,
@@ -91,3 +96,20 @@ def _rise(shape: Any, top: Any, state: int) -> Any:
         store(state + at, multiply(factor, load(line, FLOAT, state + at)))
     store(place, high)
     return high
+
+
+@compiled
+def hide(shape: Any, call: Call, row: int, query: int, slots: int, positions: int, live: int, scores: int) -> None:
+    """Take the weight from slots that are not live, or older than a query sees: their scores become -inf.
+
+    scores: of the block of queries from `query` on. positions: of int32 [slots], increasing.
+    """
+    for each in range(shape.rows):
+        oldest = np.int64(-1)
+        if call.oldest != 0 and query + each < call.queries:
+            oldest = long_at(call.oldest + 8 * (row // call.heads * call.queries + query + each))
+        if live == shape.all_live and int_at(positions) >= oldest:
+            continue
+        for slot in range(slots):
+            if not (live >> slot) & 1 or int_at(positions + 4 * slot) < oldest:
+                put_float(scores + each * shape.score_bytes + 4 * slot, np.float32(-np.inf))

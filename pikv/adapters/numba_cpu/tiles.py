@@ -145,18 +145,17 @@ def spread_rows(typing: Any, tile: Any, address: Any) -> Any:
 
 def _reducing(reduce: Callable[..., Any]) -> Any:
     @intrinsic
-    def put(typing: Any, tile: Any, address: Any, vectors: Any) -> Any:
+    def put(typing: Any, tile: Any, address: Any, stride: Any, vectors: Any) -> Any:
         def lower(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-            for row in range(tile.value.rows):
-                place = builder.add(values[1], ir.IntType(64)(4 * row))
-                builder.store(reduce(builder, builder.extract_value(values[2], row)), at(builder, place, FLOAT))
+            for row, place in enumerate(_places(builder, tile.value, values[1], values[2])):
+                builder.store(reduce(builder, builder.extract_value(values[3], row)), at(builder, place, FLOAT))
             return context.get_dummy_value()
 
-        return types.void(tile, types.int64, vectors), lower
+        return types.void(tile, types.int64, types.int64, vectors), lower
 
     return put
 
 
-# For tiles of one column: write a number for each row, float32, one after another.
+# For tiles of one column: write a number for each row, float32, `stride` bytes apart from an address on.
 put_totals = _reducing(lower_total)
 put_highest = _reducing(lower_highest)
