@@ -11,7 +11,7 @@ from torch import Tensor
 from pikv.core import attention, fused
 from pikv.core.attention import Partial
 from pikv.core.layer import LayerCache
-from pikv.core.ports.backend import AttendKernel, Pages
+from pikv.core.ports.backend import AttendKernel, Pages, StepKernel
 from pikv.core.ports.selector import PageSelector
 from pikv.core.selection import best_pages
 from pikv.core.tail import EMPTY
@@ -29,6 +29,10 @@ def attend(
     Partial has the shape [sequences, kv_heads, group, tokens, ...]. Sealed pages are older than every query, so
     causality concerns the tail only.
     """
+    if isinstance(kernel, StepKernel) and query.shape[3] == 1:
+        pages = _pages_to_read(layer, query, page_selector) if layer.table.width else None
+        step = kernel.step(query[:, :, :, 0], pages, layer.tail, oldest=_window(layer, positions))
+        return Partial(step.output.unsqueeze(3), step.log_sum_exp.unsqueeze(3))
     parts = [_attend_tail(layer, query, positions)]
     if layer.table.width:
         pages = _pages_to_read(layer, query, page_selector)
@@ -54,17 +58,22 @@ def _pages_to_read(layer: LayerCache, query: Tensor, selector: PageSelector | No
 
 
 def _oldest(layer: LayerCache, positions: Tensor) -> Tensor | None:
-    """The oldest position that each query sees, [sequences, group * tokens], or None if the live masks say it.
+    """The oldest position that each query sees of the pages, or None if the live masks say it.
 
     They do when one token follows the last: settling cleared what its window leaves out.
     """
+    oldest = _window(layer, positions)
+    if oldest is not None and positions.shape[1] == 1 and bool((oldest[:, 0].cpu() <= layer.forgotten + 1).all()):
+        return None
+    return oldest
+
+
+def _window(layer: LayerCache, positions: Tensor) -> Tensor | None:
+    """The oldest position that each query sees, [sequences, group * tokens]; None if all see everything."""
     window = layer.config.window
     if window is None:
         return None
-    oldest = positions - window + 1
-    if positions.shape[1] == 1 and bool((oldest[:, 0] <= layer.forgotten + 1).all()):
-        return None
-    return oldest.repeat(1, layer.config.group).to(layer.tail.keys.device)
+    return (positions - window + 1).repeat(1, layer.config.group).to(layer.tail.keys.device)
 
 
 def _attend_tail(layer: LayerCache, query: Tensor, positions: Tensor) -> Partial:

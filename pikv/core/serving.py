@@ -35,7 +35,8 @@ def serve(model: ModelConfig, runtime: RuntimeConfig) -> list[Served]:
     served: dict[PageCodec, Served] = {}
     result: list[Served] = []
     for layer in model.layers:
-        codec = PageCodec(compressor=runtime.compressor, layer=layer, form=runtime.form(layer, model.dtype))
+        form = runtime.form(layer, model.dtype)
+        codec = PageCodec(compressor=runtime.compressor, layer=layer, form=form, dtype=model.dtype)
         if codec not in served:
             served[codec] = _ask(model, runtime, codec, layer_id=len(result))
         result.append(served[codec])

@@ -35,15 +35,22 @@ class TorchBackend(Backend):
 
 @final
 @attrs.define(kw_only=True)
-class TorchAttend:
+class TorchAttend(AttendKernel):
     """Attention to sealed pages, a block of them at a time, so that what is decoded stays bounded."""
 
     codec: PageCodec
     _workspace: Tensor | None = attrs.field(default=None, init=False)
 
-    def __call__(self, query: Tensor, pages: Pages, *, oldest: Tensor | None = None) -> Partial:
+    def __call__(
+        self, query: Tensor, pages: Pages, *, oldest: Tensor | None = None, page_lse: Tensor | None = None
+    ) -> Partial:
         """See AttendKernel."""
-        parts = [self._attend_block(query, pages, block, oldest) for block in self._blocks(pages, query.shape[2])]
+        parts = []
+        for block in self._blocks(pages, query.shape[2]):
+            scores, values = self._scores(query, pages, block, oldest)
+            parts.append(_weighted(scores, values))
+            if page_lse is not None:
+                page_lse[..., block] = scores.logsumexp(-1).movedim(0, -1)
         if not parts:
             return attention.empty(query, self.codec.layer.value_dim)
         return attention.merge(parts)
@@ -55,23 +62,17 @@ class TorchAttend:
         for start in range(0, width, columns):
             yield slice(start, min(start + columns, width))
 
-    def _attend_block(self, query: Tensor, pages: Pages, block: slice, oldest: Tensor | None) -> Partial:
+    def _scores(self, query: Tensor, pages: Pages, block: slice, oldest: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Scores [pages, sequences, kv_heads, queries, page_size] and values [pages * sequences * kv_heads, ...]."""
         codec, (sequences, kv_heads) = self.codec, query.shape[:2]
         grid = (block.stop - block.start, sequences, kv_heads)
         stored = self._load(pages, block)  # [pages * sequences * kv_heads, stride], in this order
         keys, values = codec.compressor.decode(codec.form, stored)
         asked = query.expand(grid[0], *query.shape).flatten(0, 2)
         scores = attention.score(asked, keys, scale=codec.layer.scale, softcap=codec.layer.softcap)
-        scores = scores.unflatten(0, grid)  # [pages, sequences, kv_heads, queries, page_size]
+        scores = scores.unflatten(0, grid)
         hidden = self._hidden(pages, block, stored, oldest, grid)
-        if hidden is not None:
-            scores = scores.masked_fill(hidden, -torch.inf)
-        highest = finite(scores.amax((0, -1)))
-        weights = torch.exp(scores - highest[..., None])
-        total = weights.sum((0, -1))
-        sums = (weights.flatten(0, 2) @ values.to(weights.dtype)).unflatten(0, grid).sum(0)
-        output = sums / total.masked_fill(total == 0, 1.0)[..., None]
-        return Partial(output, highest + total.log())
+        return (scores if hidden is None else scores.masked_fill(hidden, -torch.inf)), values
 
     def _load(self, pages: Pages, block: slice) -> Tensor:
         rows_a_column = pages.rows.shape[0] * pages.rows.shape[1]
@@ -98,3 +99,13 @@ class TorchAttend:
             early = positions < oldest[:, None, :, None]
             hidden = early if hidden is None else hidden | early
         return hidden
+
+
+def _weighted(scores: Tensor, values: Tensor) -> Partial:
+    """The softmax over pages and their slots; see `TorchAttend._scores` for the shapes."""
+    highest = finite(scores.amax((0, -1)))
+    weights = torch.exp(scores - highest[..., None])
+    total = weights.sum((0, -1))
+    sums = (weights.flatten(0, 2) @ values.to(weights.dtype)).unflatten(0, scores.shape[:3]).sum(0)
+    output = sums / total.masked_fill(total == 0, 1.0)[..., None]
+    return Partial(output, highest + total.log())

@@ -108,7 +108,8 @@ def codec(
 ) -> PageCodec:
     """A codec for a layer of 2 KV heads with 3 query heads each."""
     layer = LayerConfig(query_heads=6, kv_heads=2, key_dim=key_dim, value_dim=value_dim, softcap=softcap)
-    return PageCodec(compressor=compressor, layer=layer, form=compressor.form(layer, page_size=page_size, dtype=dtype))
+    form = compressor.form(layer, page_size=page_size, dtype=dtype)
+    return PageCodec(compressor=compressor, layer=layer, form=form, dtype=dtype)
 
 
 def some_pages(each: PageCodec, *, seed: int) -> Pages:

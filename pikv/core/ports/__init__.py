@@ -1,7 +1,7 @@
 """The ports: what a part of a cache must do, whoever writes it."""
 
 from pikv.core.ports.allocator import Allocator
-from pikv.core.ports.backend import AttendKernel, Backend, PageCodec, Pages
+from pikv.core.ports.backend import AttendKernel, Backend, PageCodec, Pages, StepKernel
 from pikv.core.ports.compressor import Compressor
 from pikv.core.ports.full_pool import FullPool
 from pikv.core.ports.router import Observation, Router, RouterState, Routing
@@ -26,6 +26,7 @@ __all__ = [
     "RouterState",
     "Routing",
     "Sharding",
+    "StepKernel",
     "TokenSelector",
     "Transport",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import attrs
 import torch
@@ -15,15 +15,17 @@ from pikv.core.ports.compressor import Compressor
 
 if TYPE_CHECKING:
     from pikv.core.config import LayerConfig
+    from pikv.core.tail import Tail
 
 
 @attrs.frozen(kw_only=True)
 class PageCodec:
-    """A compressor together with the layer and the form that it is used for."""
+    """A compressor together with the layer and the form that it is used for. dtype: the model's, and the tail's."""
 
     compressor: Compressor
     layer: LayerConfig
     form: PageForm
+    dtype: torch.dtype = torch.float32
 
 
 @attrs.frozen(kw_only=True)
@@ -42,15 +44,34 @@ class Pages:
     run: int | None
 
 
-class AttendKernel(Protocol):
+class AttendKernel(abc.ABC):
     """Attention of every query to every live slot of the pages."""
 
-    def __call__(self, query: Tensor, pages: Pages, *, oldest: Tensor | None = None) -> Partial:
+    @abc.abstractmethod
+    def __call__(
+        self, query: Tensor, pages: Pages, *, oldest: Tensor | None = None, page_lse: Tensor | None = None
+    ) -> Partial:
         """Attend query [sequences, kv_heads, queries, key_dim]; the Partial has the shape [..., queries, value_dim].
 
         oldest: int64 [sequences, queries], the oldest position that each query sees; None when all see everything.
+        page_lse: float32 [sequences, kv_heads, queries, pages], written if given: the log-sum-exp of each page's
+        scores, -inf where a query sees nothing of a page, or what its weight is less than float32 can hold beside
+        that of the pages before.
         """
-        ...
+
+
+class StepKernel(AttendKernel):
+    """A kernel that takes the tail along: all that the queries of a decoded token attend to, in one launch.
+
+    For kernels that are no StepKernel the core attends to the tail by the oracle, and merges.
+    """
+
+    @abc.abstractmethod
+    def step(self, query: Tensor, pages: Pages | None, tail: Tail, *, oldest: Tensor | None = None) -> Partial:
+        """Attend query [sequences, kv_heads, queries, key_dim] to the pages, if any, and to the whole tail.
+
+        oldest: as for pages; it holds for the tail too.
+        """
 
 
 class Backend(abc.ABC):
