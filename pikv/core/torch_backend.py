@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import final
+from typing import TYPE_CHECKING, final
 
 import attrs
 import torch
@@ -11,11 +11,27 @@ from torch import Tensor
 
 from pikv.core import attention
 from pikv.core.attention import Partial, finite
-from pikv.core.ports.backend import AttendKernel, Backend, PageCodec, Pages
+from pikv.core.ports.backend import (
+    AttendKernel,
+    Backend,
+    ChooseKernel,
+    IndexedPages,
+    NewPages,
+    PageCodec,
+    Pages,
+    SealKernel,
+)
+from pikv.core.ports.selector import PageIndex, PageSelector
+from pikv.core.selection import best_pages
 from pikv.core.tables import all_live, live_slots
+from pikv.core.tail import Tail
+
+if TYPE_CHECKING:
+    from pikv.core.config import LayerConfig
 
 BLOCK_TOKENS = 16_384  # tokens of all rows together that are decoded at a time
 BLOCK_SCORES = 1 << 22  # scores of all rows together that are held at a time
+PAGES_AT_ONCE = 256  # encoded at a time, so that what encoding needs for itself stays small
 
 
 @final
@@ -31,6 +47,14 @@ class TorchBackend(Backend):
     def attend(self, codec: PageCodec, device: torch.device) -> AttendKernel:
         """A kernel for any form."""
         return TorchAttend(codec=codec)
+
+    def choose(self, selector: PageSelector, layer: LayerConfig, device: torch.device) -> ChooseKernel:
+        """A kernel for any selector."""
+        return TorchChoose(selector)
+
+    def seal(self, codec: PageCodec, selector: PageSelector | None, device: torch.device) -> SealKernel:
+        """A kernel for any codec and selector."""
+        return TorchSeal(codec, selector)
 
 
 @final
@@ -109,3 +133,53 @@ def _weighted(scores: Tensor, values: Tensor) -> Partial:
     sums = (weights.flatten(0, 2) @ values.to(weights.dtype)).unflatten(0, scores.shape[:3]).sum(0)
     output = sums / total.masked_fill(total == 0, 1.0)[..., None]
     return Partial(output, highest + total.log())
+
+
+@final
+@attrs.frozen
+class TorchChoose(ChooseKernel):
+    """Gather the index, let the selector score it, choose the best."""
+
+    selector: PageSelector
+
+    def __call__(self, query: Tensor, pages: IndexedPages) -> Tensor:
+        """See ChooseKernel."""
+        column = torch.arange(pages.ids.shape[-1])
+        present = (column < pages.counts[..., None]).to(pages.ids.device)
+        scores = self.selector.score(PageIndex(arrays=pages.index[pages.ids], present=present), query)
+        return best_pages(scores, pages.counts, self.selector.pages)
+
+
+@final
+@attrs.frozen
+class TorchSeal(SealKernel):
+    """Let the compressor encode and the selector index, some pages at a time."""
+
+    codec: PageCodec
+    selector: PageSelector | None
+
+    def __call__(self, tail: Tail, new: NewPages, out: Tensor) -> Tensor | None:
+        """See SealKernel."""
+        form, compressor = self.codec.form, self.codec.compressor
+        for start in range(0, len(out), PAGES_AT_ONCE):
+            block = slice(start, start + PAGES_AT_ONCE)
+            places = (new.sequence[block, None], new.head[block, None], new.slots[block])
+            sequence, head, slots = (place.to(out.device) for place in places)
+            keys, values, positions = (
+                states[sequence, head, slots] for states in (tail.keys, tail.values, tail.positions)
+            )
+            compressor.encode(form, keys, values, positions, out[block])
+        return None if self.selector is None else index_pages(self.codec, self.selector, out)
+
+
+def index_pages(codec: PageCodec, selector: PageSelector, pages: Tensor) -> Tensor:
+    """What the selector keeps of pages uint8 [n, stride]: [n, *shape].
+
+    Of the keys as they decode: a bound on the keys before that would not hold for what is read.
+    """
+    form = selector.index_form(codec.layer)
+    index = torch.empty((len(pages), *form.shape), dtype=form.dtype, device=pages.device)
+    for start in range(0, len(pages), PAGES_AT_ONCE):
+        block = slice(start, start + PAGES_AT_ONCE)
+        selector.index(codec.compressor.decode(codec.form, pages[block])[0], index[block])
+    return index

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pikv.core.errors import ConfigError, InputError
 from pikv.core.forms import Affine, Encoding, PageForm
-from pikv.core.ports import Compressor
+from pikv.core.ports import FormCompressor
 
 if TYPE_CHECKING:
     from pikv.core.config import LayerConfig
@@ -19,7 +19,7 @@ LARGEST_GROUP = 32  # KIVI, arXiv 2402.02750, section 4
 _FLOAT16_MAX = torch.finfo(torch.float16).max
 
 
-class KiviLayout(Compressor):
+class KiviLayout(FormCompressor):
     """Keys per channel in groups of 32 tokens, values per token in groups of 32 channels; `bits` an entry.
 
     Source of the layout: KIVI, arXiv 2402.02750, section 3. `Affine` states the bytes. A page holds no more than this:

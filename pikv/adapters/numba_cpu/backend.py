@@ -9,11 +9,14 @@ from typing import final
 import attrs
 import torch
 
+from pikv.adapters.numba_cpu.choose import NumbaChoose, bounds_of
 from pikv.adapters.numba_cpu.kernel import NumbaAttend
 from pikv.adapters.numba_cpu.machine import Machine, Path, machine
+from pikv.adapters.numba_cpu.seal import NumbaSeal, Stored, sides_of
 from pikv.adapters.numba_cpu.shape import NUMBERS, AffineField, DenseField, DotField, Shape
+from pikv.core.config import LayerConfig
 from pikv.core.forms import Affine, Dense, Encoding
-from pikv.core.ports import AttendKernel, Backend, PageCodec
+from pikv.core.ports import AttendKernel, Backend, ChooseKernel, PageCodec, PageSelector, SealKernel
 
 LOOK_AHEAD = 16_384  # bytes, in whole pages, that memory is fetched ahead
 MOST_ROWS = 8  # queries that share the reading of a page
@@ -35,6 +38,18 @@ class NumbaCpu(Backend):
         """A kernel for Dense pages on the CPU whose value_dim fills whole vectors."""
         shape = shape_of(codec, machine(self.path)) if device.type == "cpu" else None
         return None if shape is None else NumbaAttend(codec=codec, shape=shape)
+
+    def choose(self, selector: PageSelector, layer: LayerConfig, device: torch.device) -> ChooseKernel | None:
+        """A kernel for an index of bounds on the CPU whose key_dim fills whole vectors."""
+        bounds = bounds_of(selector, layer, machine(self.path), _sources()) if device.type == "cpu" else None
+        return None if bounds is None else NumbaChoose(bounds, selector.pages)
+
+    def seal(self, codec: PageCodec, selector: PageSelector | None, device: torch.device) -> SealKernel | None:
+        """A kernel for Dense and Affine pages on the CPU, if their form is all that there is to know of them."""
+        sides = sides_of(codec) if device.type == "cpu" else None
+        if sides is None:
+            return None
+        return NumbaSeal(Stored(numbers=NUMBERS[codec.dtype], sources=_sources()), sides, codec, selector)
 
 
 def shape_of(codec: PageCodec, on: Machine) -> Shape | None:

@@ -1,11 +1,28 @@
 """The ports: what a part of a cache must do, whoever writes it."""
 
 from pikv.core.ports.allocator import Allocator
-from pikv.core.ports.backend import AttendKernel, Backend, PageCodec, Pages, StepKernel
-from pikv.core.ports.compressor import Compressor
+from pikv.core.ports.backend import (
+    AttendKernel,
+    Backend,
+    ChooseKernel,
+    IndexedPages,
+    NewPages,
+    PageCodec,
+    Pages,
+    SealKernel,
+    StepKernel,
+)
+from pikv.core.ports.compressor import Compressor, FormCompressor
 from pikv.core.ports.full_pool import FullPool
 from pikv.core.ports.router import Observation, Router, RouterState, Routing
-from pikv.core.ports.selector import IndexForm, PageIndex, PageSelector, QueryTokenSelector, TokenSelector
+from pikv.core.ports.selector import (
+    IndexForm,
+    IndexMeaning,
+    PageIndex,
+    PageSelector,
+    QueryTokenSelector,
+    TokenSelector,
+)
 from pikv.core.ports.sharding import Sharding
 from pikv.core.ports.transport import Transport
 
@@ -13,9 +30,14 @@ __all__ = [
     "Allocator",
     "AttendKernel",
     "Backend",
+    "ChooseKernel",
     "Compressor",
+    "FormCompressor",
     "FullPool",
     "IndexForm",
+    "IndexMeaning",
+    "IndexedPages",
+    "NewPages",
     "Observation",
     "PageCodec",
     "PageIndex",
@@ -25,6 +47,7 @@ __all__ = [
     "Router",
     "RouterState",
     "Routing",
+    "SealKernel",
     "Sharding",
     "StepKernel",
     "TokenSelector",

@@ -12,6 +12,7 @@ from torch import Tensor
 from pikv.core.attention import Partial
 from pikv.core.forms import PageForm
 from pikv.core.ports.compressor import Compressor
+from pikv.core.ports.selector import PageSelector
 
 if TYPE_CHECKING:
     from pikv.core.config import LayerConfig
@@ -74,6 +75,51 @@ class StepKernel(AttendKernel):
         """
 
 
+@attrs.frozen(kw_only=True)
+class IndexedPages:
+    """The index of the sealed pages of one layer, where it lies.
+
+    index: [page ids, *shape of the IndexForm]. ids: int32 [sequences, kv_heads, pages], rows of the index, oldest page
+    first; 0 past a row's count. counts: int64 [sequences, kv_heads].
+    """
+
+    index: Tensor
+    ids: Tensor
+    counts: Tensor
+
+
+class ChooseKernel(abc.ABC):
+    """The choice of a page selector, which the kernel was made for."""
+
+    @abc.abstractmethod
+    def __call__(self, query: Tensor, pages: IndexedPages) -> Tensor:
+        """Score all pages for query [sequences, kv_heads, group, key_dim], and choose each row's newest and its best.
+
+        Returns columns int64 [sequences, kv_heads, min(selector.pages, pages)], oldest first, which of equal scores is
+        open. A row with fewer pages than are read is filled up with columns past its count.
+        """
+
+
+@attrs.frozen(kw_only=True)
+class NewPages:
+    """Which tail slots become pages: sequence, head int64 [n], and slots int64 [n, page_size], all on the CPU."""
+
+    sequence: Tensor
+    head: Tensor
+    slots: Tensor
+
+
+class SealKernel(abc.ABC):
+    """Encoding of new pages and, for the page selector that the kernel was made for, indexing."""
+
+    @abc.abstractmethod
+    def __call__(self, tail: Tail, new: NewPages, out: Tensor) -> Tensor | None:
+        """Write the pages into out uint8 [n, stride], zeros before; return their index [n, *shape], if there is one.
+
+        Changes nothing else. Raises what the compressor raises for numbers that it cannot hold.
+        """
+
+
 class Backend(abc.ABC):
     """A family of kernels. Settings only."""
 
@@ -85,3 +131,11 @@ class Backend(abc.ABC):
     @abc.abstractmethod
     def attend(self, codec: PageCodec, device: torch.device) -> AttendKernel | None:
         """Return the kernel for these pages on this device, or None if there is none."""
+
+    @abc.abstractmethod
+    def choose(self, selector: PageSelector, layer: LayerConfig, device: torch.device) -> ChooseKernel | None:
+        """Return the kernel that chooses pages as this selector does, or None if there is none."""
+
+    @abc.abstractmethod
+    def seal(self, codec: PageCodec, selector: PageSelector | None, device: torch.device) -> SealKernel | None:
+        """Return the kernel that writes these pages and their index, or None if there is none."""
