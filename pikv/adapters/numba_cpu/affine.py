@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pikv.adapters.numba_cpu.compiled import compiled
+from pikv.adapters.numba_cpu.compiled import part
 from pikv.adapters.numba_cpu.dense import fetch
 from pikv.adapters.numba_cpu.pages import add_values, does, score_keys
 from pikv.adapters.numba_cpu.shape import HALF, AffineField, DotField
@@ -64,7 +64,7 @@ def add_affine(values: Any, shape: Any, page: int, ahead: int, tokens: int, weig
             store_tile(values.sums, states + 4 * first, shape.state_bytes, add(before, sums))
 
 
-@compiled
+@part
 def fold(field: Any, page: int, ahead: int, group: int, numbers: int, stride: int, scratch: int) -> None:
     """Fold a group's scales into each row's `count` numbers, which lie `stride` bytes apart by rows.
 

@@ -11,7 +11,7 @@ import numba
 import numpy as np
 
 import pikv.adapters.numba_cpu.dots  # noqa: F401  # how pages are scored and summed
-from pikv.adapters.numba_cpu.compiled import INLINED, compiled
+from pikv.adapters.numba_cpu.compiled import COMPILED, inlined, part
 from pikv.adapters.numba_cpu.merge import LOG_2, merge
 from pikv.adapters.numba_cpu.pages import add_values, score_keys
 from pikv.adapters.numba_cpu.query import scale_queries
@@ -21,14 +21,17 @@ from pikv.adapters.numba_cpu.softmax import begin, hide, weigh
 from pikv.adapters.numba_cpu.tail import attend_tail
 
 
-@numba.njit(parallel=True, cache=True, **INLINED)
-def attend(shape: Any, call: Call, scale: float) -> None:
-    """Do what `call` says. scale: of the scores, in units of log 2."""
+@numba.njit(cache=True, **COMPILED)
+def attend_alone(shape: Any, call: Call, scale: float) -> None:
+    """Do what `call` says, by one worker. scale: of the scores, in units of log 2."""
+    _attend_jobs(shape, call, scale, 0)
+    _merge_rows(shape, call, 0)
+
+
+@numba.njit(parallel=True, cache=True, **COMPILED)
+def attend_together(shape: Any, call: Call, scale: float) -> None:
+    """The same by several workers, each in a thread of numba's."""
     workers = call.workers
-    if workers == 1:  # wakes nobody, and waits for nobody
-        _attend_jobs(shape, call, scale, 0)
-        _merge_rows(shape, call, 0)
-        return
     for phase in range(2):
         for worker in numba.prange(workers):
             if phase == 0:
@@ -37,13 +40,13 @@ def attend(shape: Any, call: Call, scale: float) -> None:
                 _merge_rows(shape, call, worker)
 
 
-@compiled
+@inlined
 def share(count: int, worker: int, workers: int) -> Any:
     """The first of a worker's share, and of the next worker's: shares are runs, as equal as can be."""
     return count * worker // workers, count * (worker + 1) // workers
 
 
-@compiled
+@part
 def _attend_jobs(shape: Any, call: Call, scale: float, worker: int) -> None:
     splits = call.page_splits + call.tail_splits
     scratch = call.scratch + worker * (call.padded * shape.query_bytes + shape.block_bytes)
@@ -61,7 +64,7 @@ def _attend_jobs(shape: Any, call: Call, scale: float, worker: int) -> None:
             attend_tail(shape, call, row, split - call.page_splits, scratch, states)
 
 
-@compiled
+@part
 def _attend_pages(shape: Any, call: Call, row: int, split: int, queries: int, states: int) -> None:
     first, last = share(call.pages, split, call.page_splits)
     scores = queries + call.padded * shape.query_bytes
@@ -81,13 +84,13 @@ def _attend_pages(shape: Any, call: Call, row: int, split: int, queries: int, st
             add_values(shape.values, shape, page, ahead, shape.page_size, scores, state)
 
 
-@compiled
+@inlined
 def page_at(shape: Any, call: Call, place: int) -> int:
     """The address of the page at a place in the table."""
     return call.slab + np.int64(int_at(call.rows + 4 * place)) * shape.stride
 
 
-@compiled
+@part
 def _weigh_rows(shape: Any, call: Call, row: int, query: int, place: int, scores: int, states: int) -> None:
     """Turn a block's scores of a page into weights; write the page's log-sum-exp if it is asked for."""
     for each in range(shape.rows):
@@ -98,7 +101,7 @@ def _weigh_rows(shape: Any, call: Call, row: int, query: int, place: int, scores
             put_float(_page_lse_at(call, row, query + each, place), (highest + np.log2(total(sums))) * LOG_2)
 
 
-@compiled
+@part
 def _put_nothing(call: Call, row: int, place: int) -> None:
     """Write the log-sum-exp of a page that nobody sees, if it is asked for."""
     if call.page_lse != 0:
@@ -106,12 +109,12 @@ def _put_nothing(call: Call, row: int, place: int) -> None:
             put_float(_page_lse_at(call, row, query, place), np.float32(-np.inf))
 
 
-@compiled
+@inlined
 def _page_lse_at(call: Call, row: int, query: int, place: int) -> int:
     return call.page_lse + 4 * ((row * call.queries + query) * call.pages + place - row * call.pages)
 
 
-@compiled
+@part
 def _merge_rows(shape: Any, call: Call, worker: int) -> None:
     splits, between = call.page_splits + call.tail_splits, call.padded * shape.state_bytes
     first, last = share(call.table_rows * call.queries, worker, call.workers)

@@ -13,7 +13,7 @@ from pikv.adapters.numba_cpu.choose import NumbaChoose, bounds_of
 from pikv.adapters.numba_cpu.kernel import NumbaAttend
 from pikv.adapters.numba_cpu.machine import Machine, Path, machine
 from pikv.adapters.numba_cpu.seal import NumbaSeal, Stored, sides_of
-from pikv.adapters.numba_cpu.shape import NUMBERS, AffineField, DenseField, DotField, Shape
+from pikv.adapters.numba_cpu.shape import NUMBERS, AffineField, DenseField, DotField, Field, Shape
 from pikv.core.config import LayerConfig
 from pikv.core.forms import Affine, Dense, Encoding
 from pikv.core.ports import AttendKernel, Backend, ChooseKernel, PageCodec, PageSelector, SealKernel
@@ -78,27 +78,27 @@ def shape_of(codec: PageCodec, on: Machine) -> Shape | None:
     )
 
 
-def _field(codec: PageCodec, name: str, encoding: Encoding, rows: int, on: Machine) -> DenseField | AffineField | None:
+def _field(codec: PageCodec, name: str, encoding: Encoding, rows: int, on: Machine) -> Field | None:
     """How keys or values are stored, if kernels know it. rows: of queries."""
     form, layer = codec.form, codec.layer
     if isinstance(encoding, Dense) and encoding.dtype in NUMBERS:
         return DenseField(numbers=NUMBERS[encoding.dtype], offset=form.field(f"{name}s").offset)
-    if isinstance(encoding, Affine) and encoding.order == "words" and encoding.group % on.lanes == 0:
-        codes, scales, zeros = (form.field(f"{name}{part}").offset for part in ("s", "_scales", "_zeros"))
-        count, width = (layer.key_dim, form.page_size) if name == "key" else (form.page_size, layer.value_dim)
-        field = DotField if on.dots else AffineField
-        return field(
-            bits=encoding.bits,
-            group=encoding.group,
-            codes=codes,
-            scales=scales,
-            zeros=zeros,
-            count=count,
-            width=width,
-            rows=rows,
-            machine=on,
-        )
-    return None
+    count, width = (layer.key_dim, form.page_size) if name == "key" else (form.page_size, layer.value_dim)
+    if not isinstance(encoding, Affine) or encoding.order != "words" or encoding.group % on.lanes or count % on.lanes:
+        return None
+    codes, scales, zeros = (form.field(f"{name}{part}").offset for part in ("s", "_scales", "_zeros"))
+    field = DotField if on.dots else AffineField
+    return field(
+        bits=encoding.bits,
+        group=encoding.group,
+        codes=codes,
+        scales=scales,
+        zeros=zeros,
+        count=count,
+        width=width,
+        rows=rows,
+        machine=on,
+    )
 
 
 def _sources() -> int:

@@ -1,4 +1,4 @@
-"""How functions are compiled: no bounds, no exceptions for a division by 0, no GIL, and kept on disk."""
+"""How functions are compiled: no bounds, no exceptions for a division by 0, no GIL."""
 
 from __future__ import annotations
 
@@ -6,5 +6,11 @@ from typing import Any
 
 import numba
 
-INLINED = {"error_model": "numpy", "nogil": True}  # of parts of a kernel, which are compiled with it
-compiled: Any = numba.njit(**INLINED)
+COMPILED = {"error_model": "numpy", "nogil": True}
+PART = {**COMPILED, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}  # called from compiled code only
+
+part: Any = numba.njit(**PART)
+"""A part of a kernel, compiled with it."""
+
+inlined: Any = numba.njit(inline="always", **PART)
+"""The same, put in the place of each call: for few lines, which are quicker to compile so."""

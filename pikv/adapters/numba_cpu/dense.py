@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pikv.adapters.numba_cpu.compiled import compiled
+from pikv.adapters.numba_cpu.compiled import inlined
 from pikv.adapters.numba_cpu.pages import add_values, does, score_keys
 from pikv.adapters.numba_cpu.shape import DenseField
 from pikv.adapters.numba_cpu.simd import prefetch_far, prefetch_near
@@ -13,7 +13,7 @@ from pikv.adapters.numba_cpu.tiles import add_outer, load_row, load_tile, store_
 NEAR = 2048  # bytes ahead that memory is fetched into the first cache
 
 
-@compiled
+@inlined
 def fetch(at: int, ahead: int, nbytes: int) -> None:
     """Fetch what is read soon: the bytes NEAR on from `at` into the first cache, those at `ahead` into the second."""
     for line in range(0, nbytes, 64):

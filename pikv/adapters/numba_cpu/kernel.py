@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 import threading
@@ -15,7 +14,7 @@ import torch
 from numba import types
 from torch import Tensor
 
-from pikv.adapters.numba_cpu.attend import attend
+from pikv.adapters.numba_cpu.attend import attend_alone, attend_together
 from pikv.adapters.numba_cpu.query import KINDS
 from pikv.adapters.numba_cpu.shape import NUMBERS, Call, Shape
 from pikv.adapters.numba_cpu.static import Static
@@ -62,7 +61,7 @@ class NumbaAttend(StepKernel):
 
     codec: PageCodec
     shape: Shape
-    _compiled: Any = attrs.field(default=None, init=False)
+    _compiled: dict[bool, Any] = attrs.field(factory=dict, init=False)
 
     def __call__(
         self, query: Tensor, pages: Pages, *, oldest: Tensor | None = None, page_lse: Tensor | None = None
@@ -132,14 +131,18 @@ class NumbaAttend(StepKernel):
         return Partial(output, lse)
 
     def _run(self, call: Call) -> None:
-        if self._compiled is None:
-            started = time.perf_counter()
-            self._compiled = attend.compile((Static(self.shape), _CALL, types.float32))
-            _log.info("kernel for %s: ready after %.1f s", self.shape, time.perf_counter() - started)
-        with _alone():
-            self._compiled(self.shape, call, self.codec.layer.scale / math.log(2.0))
+        together = call.workers > 1
+        if together not in self._compiled:
+            self._compiled[together] = self._compile(attend_together if together else attend_alone)
+        scale = self.codec.layer.scale / math.log(2.0)
+        if together and numba.threading_layer() == "workqueue":  # which several Python threads must not share
+            with _one_at_a_time:
+                self._compiled[together](self.shape, call, scale)
+        else:
+            self._compiled[together](self.shape, call, scale)
 
-
-def _alone() -> contextlib.AbstractContextManager[object]:
-    """Kernels of several Python threads run side by side, but not where numba's own thread pool cannot."""
-    return _one_at_a_time if numba.threading_layer() == "workqueue" else contextlib.nullcontext()
+    def _compile(self, function: Any) -> Any:
+        started = time.perf_counter()
+        compiled = function.compile((Static(self.shape), _CALL, types.float32))
+        _log.info("%s for %s: ready after %.1f s", function.__name__, self.shape, time.perf_counter() - started)
+        return compiled

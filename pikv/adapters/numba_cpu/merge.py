@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from pikv.adapters.numba_cpu.compiled import compiled
+from pikv.adapters.numba_cpu.compiled import part
 from pikv.adapters.numba_cpu.shape import FLOAT
 from pikv.adapters.numba_cpu.simd import float_at, fma, load, multiply, put_float, splat, store, total
 from pikv.adapters.numba_cpu.softmax import LOWEST
@@ -15,7 +15,7 @@ from pikv.adapters.numba_cpu.softmax import LOWEST
 LOG_2 = np.float32(math.log(2.0))
 
 
-@compiled
+@part
 def merge(shape: Any, states: int, between: int, splits: int, output: int, lse: int) -> None:
     """Write one query's output, float32 [value_dim], and its natural log-sum-exp.
 

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from numba.extending import overload
 
-from pikv.adapters.numba_cpu.compiled import INLINED
+from pikv.adapters.numba_cpu.compiled import PART
 from pikv.adapters.numba_cpu.static import Static
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -34,7 +34,7 @@ def does(part: Callable[..., Any], *field_classes: type) -> Callable[[F], F]:
     """Let a function do `part` in compiled code where keys or values are stored as a field of these classes."""
 
     def register(implementation: F) -> F:
-        @overload(part, jit_options=INLINED, strict=False)
+        @overload(part, jit_options=PART, strict=False)
         def choose(field: Any, *rest: Any) -> F | None:
             return implementation if isinstance(field, Static) and type(field.value) in field_classes else None
 

@@ -6,14 +6,14 @@ from typing import Any
 
 import numpy as np
 
-from pikv.adapters.numba_cpu.compiled import compiled
+from pikv.adapters.numba_cpu.compiled import part
 from pikv.adapters.numba_cpu.shape import BFLOAT, FLOAT, HALF, Call
 from pikv.adapters.numba_cpu.simd import load, multiply, number_at, put_float, splat, store
 
 KINDS = (FLOAT, BFLOAT, HALF)  # by `Call.query_kind`
 
 
-@compiled
+@part
 def scale_queries(shape: Any, call: Call, scale: float, row: int, scaled: int) -> None:
     """Write a table row's queries times the scale, and zeros up to `padded`."""
     if call.query_kind == 0:
@@ -26,7 +26,7 @@ def scale_queries(shape: Any, call: Call, scale: float, row: int, scaled: int) -
         put_float(scaled + at, np.float32(0.0))
 
 
-@compiled
+@part
 def _scale(shape: Any, call: Call, numbers: Any, scale: float, row: int, scaled: int) -> None:
     count, line = call.queries * shape.key_dim, shape.line
     source, whole = call.query + row * count * numbers.itemsize, count - count % line.lanes

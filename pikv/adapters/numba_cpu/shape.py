@@ -95,12 +95,16 @@ class DotField(AffineField):
     @property
     def digits(self) -> Tile:
         """Numbers whose digits are written at once."""
-        return _tile(self.machine, 1, self.count, 4)
+        vectors = self.count // self.machine.lanes
+        return Tile(self.machine.lanes, 1, next(n for n in (4, 2, 1) if vectors % n == 0))
 
     @property
     def sums(self) -> Tile:
         """See AffineField; each sum is kept in two digits."""
         return _tile(self.machine, self.rows, self.group, self.machine.sums // 2)
+
+
+Field = DenseField | AffineField | DotField
 
 
 @static
@@ -121,8 +125,8 @@ class Shape:
     stride: int
     positions: int
     ahead: int
-    keys: DenseField | AffineField | DotField
-    values: DenseField | AffineField | DotField
+    keys: Field
+    values: Field
     tail: DenseField
     sources: int
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from pikv.adapters.numba_cpu.compiled import compiled
+from pikv.adapters.numba_cpu.compiled import part
 from pikv.adapters.numba_cpu.shape import FLOAT, Call
 from pikv.adapters.numba_cpu.simd import (
     add,
@@ -40,7 +40,7 @@ SLACK = 8.0  # by how much scores may exceed the highest so far before everythin
 SMALLEST = -120.0  # weights below 2**SMALLEST are 0: denormal numbers take a hundred times as long to multiply
 
 
-@compiled
+@part
 def exp2(line: Any, x: Any) -> Any:
     """2**x in each lane: 2**n by its exponent's bits, times a polynomial of x - n between -1/2 and 1/2."""
     clamped = greatest(x, splat(line, SMALLEST))
@@ -56,7 +56,7 @@ def exp2(line: Any, x: Any) -> Any:
     return where_above(x, splat(line, SMALLEST), multiply(power, scale), splat(line, 0.0))
 
 
-@compiled
+@part
 def begin(shape: Any, state: int) -> None:
     """Make a state of nothing."""
     line = shape.line
@@ -65,7 +65,7 @@ def begin(shape: Any, state: int) -> None:
     store(state + shape.state_bytes - 4 * line.lanes, splat(line, LOWEST))
 
 
-@compiled
+@part
 def weigh(shape: Any, scores: int, state: int) -> Any:
     """Turn one query's scores of a page into weights, in place, and add them to the state. Returns their sums."""
     line, step = shape.line, 4 * shape.line.lanes
@@ -85,7 +85,7 @@ def weigh(shape: Any, scores: int, state: int) -> Any:
     return page_sums
 
 
-@compiled
+@part
 def _rise(shape: Any, top: Any, state: int) -> Any:
     """Scale a state down to the highest of the lanes of `top`."""
     line, step = shape.line, 4 * shape.line.lanes
@@ -98,7 +98,7 @@ def _rise(shape: Any, top: Any, state: int) -> Any:
     return high
 
 
-@compiled
+@part
 def hide(shape: Any, call: Call, row: int, query: int, slots: int, positions: int, live: int, scores: int) -> None:
     """Take the weight from slots that are not live, or older than a query sees: their scores become -inf.
 

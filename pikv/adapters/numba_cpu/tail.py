@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from pikv.adapters.numba_cpu.compiled import compiled
+from pikv.adapters.numba_cpu.compiled import part
 from pikv.adapters.numba_cpu.pages import add_values
 from pikv.adapters.numba_cpu.shape import Call
 from pikv.adapters.numba_cpu.simd import float_at, fma, load, long_at, number_at, put_float
@@ -14,7 +14,7 @@ from pikv.adapters.numba_cpu.softmax import hide, weigh
 from pikv.adapters.numba_cpu.tiles import load_tile, put_totals, zeros
 
 
-@compiled
+@part
 def attend_tail(shape: Any, call: Call, row: int, split: int, queries: int, states: int) -> None:
     """Attend a row's queries to one of `call.tail_splits` parts of its tail."""
     scores = queries + call.padded * shape.query_bytes
@@ -33,7 +33,7 @@ def attend_tail(shape: Any, call: Call, row: int, split: int, queries: int, stat
             add_values(shape.tail, shape, values, values, tokens, scores, states + query * shape.state_bytes)
 
 
-@compiled
+@part
 def score_tokens(shape: Any, keys: int, tokens: int, query: int, scores: int) -> None:
     """Write the scores of `shape.rows` queries with keys [tokens, key_dim], and those of no token up to page_size."""
     numbers, column = shape.tail.numbers, shape.column
