@@ -14,18 +14,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pikv.adapters.numba_cpu.attend import share
 from pikv.adapters.numba_cpu.compiled import INLINED, compiled
 from pikv.adapters.numba_cpu.launch import Launch
 from pikv.adapters.numba_cpu.machine import Machine
-from pikv.adapters.numba_cpu.shape import FLOAT
-from pikv.adapters.numba_cpu.simd import Numbers, fma, load, prefetch_near, splat, total
+from pikv.adapters.numba_cpu.shape import FLOAT, HALF
+from pikv.adapters.numba_cpu.simd import load, prefetch_near
 from pikv.adapters.numba_cpu.static import static
-from pikv.adapters.numba_cpu.tiles import Tile
+from pikv.adapters.numba_cpu.tiles import Tile, add_products, put_totals, zeros
 from pikv.core.config import LayerConfig
 from pikv.core.ports import ChooseKernel, IndexedPages, IndexMeaning, PageSelector
 
-HALF = Numbers("f16", 2)
-PAGES_A_JOB = 64
 PAGES_AHEAD = 8  # that the index is fetched for before it is read
 PARALLEL_BYTES = 1 << 18  # of index; less is scored sooner by one thread than by waking another
 
@@ -49,9 +48,10 @@ class Bounds:
         return 2 * self.key_dim
 
     @property
-    def line(self) -> Tile:
-        """One vector."""
-        return Tile(self.machine.lanes, 1, 1)
+    def tile(self) -> Tile:
+        """Sums of some query heads, which read a page's index together."""
+        most = self.machine.sums // 2
+        return Tile(self.machine.lanes, max(n for n in range(1, most + 1) if self.group % n == 0), 1)
 
 
 @final
@@ -76,6 +76,7 @@ class NumbaChoose(ChooseKernel):
             pages.ids.contiguous().view(rows, width).numpy(),
             pages.counts.contiguous().view(rows).numpy(),
             columns.view(rows, -1).numpy(),
+            query.shape[1],
             _workers(2 * self.bounds.numbers * rows * width),
         )
         return columns
@@ -93,48 +94,62 @@ def _workers(nbytes: int) -> int:
 
 
 @numba.njit(parallel=True, cache=True, **INLINED)
-def _choose(bounds: Any, index: int, signs: int, ids: Any, counts: Any, columns: Any, workers: int) -> None:
+def _choose(bounds: Any, index: int, signs: int, ids: Any, counts: Any, columns: Any, heads: int, workers: int) -> None:
     """index, signs: addresses of float16 [page ids, 2, key_dim] and float32 [rows, group, 2, key_dim]."""
+    scores = np.empty(ids.shape, np.float32)
+    if workers == 1:  # wakes nobody, and waits for nobody
+        _score_pages(bounds, index, signs, ids, scores, heads, 0, 1)
+        _best_rows(scores, counts, columns, 0, 1)
+        return
+    for worker in numba.prange(workers):
+        _score_pages(bounds, index, signs, ids, scores, heads, worker, workers)
+    for worker in numba.prange(workers):
+        _best_rows(scores, counts, columns, worker, workers)
+
+
+@compiled
+def _score_pages(
+    bounds: Any, index: int, signs: int, ids: Any, scores: Any, heads: int, worker: int, workers: int
+) -> None:
+    """Score a worker's share: page by page of all heads, which were sealed together and lie side by side."""
     rows, width = ids.shape
-    scores = np.empty((rows, width), np.float32)
-    jobs_a_row = (width + PAGES_A_JOB - 1) // PAGES_A_JOB
-    jobs = rows * jobs_a_row
-    for worker in numba.prange(workers):
-        for job in range(jobs * worker // workers, jobs * (worker + 1) // workers):
-            _score(bounds, index, signs, ids, scores, job // jobs_a_row, job % jobs_a_row * PAGES_A_JOB)
-    keys = scores.view(np.int32)
-    for worker in numba.prange(workers):
-        tally = np.empty(256, np.int64)
-        for row in range(rows * worker // workers, rows * (worker + 1) // workers):
-            _best(keys, row, counts[row], columns, tally)
+    first, last = share(rows // heads * width, worker, workers)
+    columns_ahead = max(1, PAGES_AHEAD // heads)
+    products = np.empty(bounds.group, np.float32)
+    for place in range(first, last):
+        column = place % width
+        for row in range(place // width * heads, (place // width + 1) * heads):
+            ahead = ids[row, min(column + columns_ahead, width - 1)]
+            scores[row, column] = _score(bounds, index, ids[row, column], ahead, signs, row, products)
 
 
 @compiled
-def _score(bounds: Any, index: int, signs: int, ids: Any, scores: Any, row: int, first: int) -> None:
-    """Score PAGES_A_JOB pages of a row from the first on."""
-    last = min(first + PAGES_A_JOB, ids.shape[1])
-    for column in range(first, last):
-        page = index + HALF.itemsize * bounds.numbers * np.int64(ids[row, column])
-        ahead = index + HALF.itemsize * bounds.numbers * np.int64(ids[row, min(column + PAGES_AHEAD, last - 1)])
-        for offset in range(0, HALF.itemsize * bounds.numbers, 64):
-            prefetch_near(ahead + offset)
-        best = np.float32(-np.inf)
-        for head in range(bounds.group):
-            score = _bound(bounds, page, signs + FLOAT.itemsize * bounds.numbers * (row * bounds.group + head))
-            best = max(best, score) if score == score else np.float32(np.inf)
-        scores[row, column] = best
+def _score(bounds: Any, index: int, page_id: int, ahead_id: int, signs: int, row: int, products: Any) -> Any:
+    """The greatest over the group of what no key of the page exceeds in its product with the query."""
+    page_bytes, query_bytes = HALF.itemsize * bounds.numbers, FLOAT.itemsize * bounds.numbers
+    page, ahead = index + page_bytes * np.int64(page_id), index + page_bytes * np.int64(ahead_id)
+    for offset in range(0, page_bytes, 64):
+        prefetch_near(ahead + offset)
+    for head in range(0, bounds.group, bounds.tile.rows):
+        sums = zeros(bounds.tile)
+        query = signs + (row * bounds.group + head) * query_bytes
+        for number in range(0, bounds.numbers, bounds.tile.lanes):
+            vector = load(bounds.tile, HALF, page + HALF.itemsize * number)
+            sums = add_products(bounds.tile, sums, query + FLOAT.itemsize * number, query_bytes, vector)
+        put_totals(bounds.tile, products.ctypes.data + FLOAT.itemsize * head, FLOAT.itemsize, sums)
+    best = np.float32(-np.inf)
+    for head in range(bounds.group):
+        best = max(best, products[head]) if products[head] == products[head] else np.float32(np.inf)
+    return best
 
 
 @compiled
-def _bound(bounds: Any, page: int, signs: int) -> Any:
-    """What no key of the page exceeds in its product with a query."""
-    line = bounds.line
-    even, odd = splat(line, 0.0), splat(line, 0.0)
-    for at in range(0, bounds.numbers, 2 * line.lanes):
-        even = fma(load(line, HALF, page + 2 * at), load(line, FLOAT, signs + 4 * at), even)
-        at += line.lanes
-        odd = fma(load(line, HALF, page + 2 * at), load(line, FLOAT, signs + 4 * at), odd)
-    return total(even) + total(odd)
+def _best_rows(scores: Any, counts: Any, columns: Any, worker: int, workers: int) -> None:
+    """Choose for a worker's share of the rows."""
+    keys, tally = scores.view(np.int32), np.empty(256, np.int64)
+    first, last = share(len(counts), worker, workers)
+    for row in range(first, last):
+        _best(keys, row, counts[row], columns, tally)
 
 
 @compiled

@@ -118,6 +118,20 @@ def add_outer(typing: Any, tile: Any, sums: Any, address: Any, stride: Any, row:
 
 
 @intrinsic
+def add_products(typing: Any, tile: Any, sums: Any, address: Any, stride: Any, vector: Any) -> Any:
+    """For tiles of one column: sums + vector * those that lie `stride` bytes apart from an address on, lane by lane."""
+
+    def lower(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        vectors = []
+        for row, place in enumerate(_places(builder, tile.value, values[2], values[3])):
+            factor = builder.load(at(builder, place, vector.llvm), align=4)
+            vectors.append(lower_fma(builder, factor, values[4], builder.extract_value(values[1], row)))
+        return context.make_tuple(builder, sums, vectors)
+
+    return sums(tile, sums, types.int64, types.int64, vector), lower
+
+
+@intrinsic
 def load_ints(typing: Any, tile: Any, address: Any) -> Any:
     """One row of a tile, of int32."""
     result = types.UniTuple(Vector("i32", tile.value.lanes), tile.value.columns)
