@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import torch
+from shared import tables
 from tqdm import tqdm
 
 import pikv
@@ -77,7 +77,7 @@ def table(results: dict[str, dict[str, int]], arguments: argparse.Namespace) -> 
         f"{arguments.tokens} tokens in chunks of {arguments.chunk}, budget {BUDGET_TOKENS}. Budget and one chunk in "
         f"the model's dtype are {allowed / 2**20:.0f} MiB. Resident memory is the process's, less what it held before.",
         "",
-        f"    {shlex.join(['python', *sys.argv])}",
+        tables.command(),
         "",
         "| composition | stored, MiB | resident, MiB | peak, MiB | peak over budget + chunk | fall given back |",
         "| --- | --- | --- | --- | --- | --- |",
@@ -109,10 +109,7 @@ def main() -> None:
         command += ["--tokens", str(arguments.tokens), "--chunk", str(arguments.chunk)]
         results[name] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     text = table(results, arguments)
-    print(text)
-    if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(text)
+    tables.save(text, arguments.output)
 
 
 if __name__ == "__main__":

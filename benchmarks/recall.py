@@ -11,7 +11,6 @@ PiKV was tuned on them.
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 import attrs
 import numpy as np
 import torch
+from shared import tables
 from torch import Tensor
 from tqdm import tqdm
 
@@ -30,7 +30,15 @@ import generate_data  # noqa: E402  # found through the line above
 from mixtral import Mixtral  # noqa: E402  # likewise
 
 import pikv  # noqa: E402  # kept with the others
-from pikv.core.ports import AttendKernel, Backend, PageCodec, Pages  # noqa: E402
+from pikv.core.ports import (  # noqa: E402  # likewise
+    AttendKernel,
+    Backend,
+    ChooseKernel,
+    PageCodec,
+    Pages,
+    PageSelector,
+    SealKernel,
+)
 from pikv.core.ports.transport import Solo  # noqa: E402
 from pikv.core.torch_backend import TorchBackend  # noqa: E402
 
@@ -93,6 +101,14 @@ class CountingBackend(Backend):
             return kernel(query, pages, oldest=oldest)
 
         return counted
+
+    def choose(self, selector: PageSelector, layer: pikv.LayerConfig, device: torch.device) -> ChooseKernel:
+        """The torch kernel."""
+        return TorchBackend().choose(selector, layer, device)
+
+    def seal(self, codec: PageCodec, selector: PageSelector | None, device: torch.device) -> SealKernel:
+        """The torch kernel."""
+        return TorchBackend().seal(codec, selector, device)
 
 
 @attrs.frozen
@@ -157,7 +173,7 @@ def table(results: dict[str, Result], arguments: argparse.Namespace) -> str:
         "included, as a share of the exact cache. Read: bytes of sealed pages given to attention for each token of the "
         "questions, as a share of the exact cache's.",
         "",
-        f"    {shlex.join(['python', *sys.argv])}",
+        tables.command(),
         "",
         "| composition | page size | recalled, % | stored | read |",
         "| --- | --- | --- | --- | --- |",
@@ -185,10 +201,7 @@ def main() -> None:
     chosen = ["exact", *(name for name in arguments.only if name != "exact")]
     results = {name: measure(model, COMPOSITIONS[name], arguments) for name in tqdm(chosen)}
     text = table(results, arguments)
-    print(text)
-    if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(text)
+    tables.save(text, arguments.output)
 
 
 if __name__ == "__main__":

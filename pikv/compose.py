@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib.util
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -42,7 +43,11 @@ _NUMBERS = ("budget_tokens", "page_size", "tail_tokens")
 
 def installed_backends() -> tuple[Backend, ...]:
     """The backends that this installation has, the fastest first; torch, which serves everything, last."""
-    return (TorchBackend(),)
+    if importlib.util.find_spec("numba") is None:
+        return (TorchBackend(),)
+    from pikv.adapters.numba_cpu import NumbaCpu  # here, so that `import pikv` does not import numba
+
+    return (NumbaCpu(), TorchBackend())
 
 
 def compose(

@@ -118,8 +118,8 @@ class PiKVCache:
 
     def _answer(self, layer: LayerCache, q: Tensor) -> Tensor:
         grouped = q.unflatten(1, (layer.config.kv_heads, layer.config.group))
-        kernel, selector = self._served[layer.layer_id].kernel, self.runtime.token_selector
-        stored = reading.attend(layer, kernel, grouped, layer.asked_from(), self.runtime.page_selector)
+        served, selector = self._served[layer.layer_id], self.runtime.token_selector
+        stored = reading.attend(layer, served, grouped, layer.asked_from(), self.runtime.page_selector)
         partial = reading.with_sinks(layer, places.merged(self.runtime, stored))
         output = partial.output.flatten(1, 2).to(q.dtype)
         padding = layer.queried == PADDING
@@ -194,7 +194,7 @@ class PiKVCache:
         with self.pool.locked():
             settling.make_room(decisions, self.runtime.when_full)
             for decision in decisions:
-                settling.carry_out(decision, self.runtime.page_selector)
+                settling.carry_out(decision, self._served[decision.layer.layer_id].seal)
         of_prompt = decisions and decisions[-1].layer.queried.shape[1] > 1
         if of_prompt and self._budget is not None and decisions[-1].layer.layer_id == len(self.model.layers) - 1:
             trim()  # once for each chunk, when it has gone through all layers

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pikv.core.forms import Dense, PageForm
-from pikv.core.ports.compressor import Compressor
+from pikv.core.ports.compressor import FormCompressor
 from pikv.core.ports.full_pool import FullPool
 from pikv.core.ports.selector import TokenSelector
 from pikv.core.views import TokenView
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @final
 @attrs.frozen
-class Exact(Compressor):
+class Exact(FormCompressor):
     """Store keys and values as they are, in the model's dtype."""
 
     def form(self, layer: LayerConfig, *, page_size: int, dtype: torch.dtype) -> PageForm:

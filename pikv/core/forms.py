@@ -72,6 +72,11 @@ class Affine:
         return 8 // self.bits
 
     @property
+    def codes_a_word(self) -> int:
+        """How many codes 4 bytes hold."""
+        return 32 // self.bits
+
+    @property
     def highest_code(self) -> int:
         """2**bits - 1."""
         return (1 << self.bits) - 1
@@ -135,9 +140,13 @@ class PageForm:
         """The bytes from one page to the next."""
         return _aligned(self.fields[-1].offset + self.fields[-1].nbytes)
 
+    def field(self, name: str) -> Field:
+        """The field with this name."""
+        return next(field for field in self.fields if field.name == name)
+
     def view(self, pages: Tensor, name: str) -> Tensor:
         """Return a field of pages uint8 [n, stride] as a typed view [n, *shape]; nothing is copied."""
-        field = next(field for field in self.fields if field.name == name)
+        field = self.field(name)
         run = pages[:, field.offset : field.offset + field.nbytes]
         return run.view(field.dtype).view(-1, *field.shape)
 

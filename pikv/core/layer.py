@@ -12,8 +12,7 @@ from torch import Tensor
 
 from pikv.core.config import LayerConfig
 from pikv.core.pool import PagePool
-from pikv.core.ports.backend import PageCodec, Pages
-from pikv.core.ports.selector import PageIndex
+from pikv.core.ports.backend import IndexedPages, PageCodec, Pages
 from pikv.core.query_window import QueryWindow
 from pikv.core.tables import ABSENT, PageTable, all_live, live_slots, pack_slots
 from pikv.core.tail import EMPTY, Tail
@@ -50,6 +49,7 @@ class LayerCache:
     answer: Tensor | None = None
     settled: bool = True
     _pages: Pages | None = None
+    _indexed_pages: IndexedPages | None = None
 
     @classmethod
     def empty(cls, layer_id: int, codec: PageCodec, pool: PagePool, keys: Tensor, values: Tensor) -> LayerCache:
@@ -139,22 +139,26 @@ class LayerCache:
         rows, live = everything.rows.gather(-1, columns), everything.live.gather(-1, columns)
         return Pages(slab=everything.slab, rows=rows, live=live, run=None)
 
-    def page_index(self) -> PageIndex:
-        """What the page selector keeps of the sealed pages."""
-        ids = self.table.ids[..., : self.table.width].to(self.pool.device)
-        return PageIndex(arrays=self.pool.index(self.codec.form)[ids.clamp(min=0)], present=ids != ABSENT)
+    def indexed_pages(self) -> IndexedPages:
+        """What the page selector keeps of the sealed pages, as kernels take it; made once after each change."""
+        if self._indexed_pages is None:
+            ids = self.table.ids[..., : self.table.width].clamp(min=0)  # a row of ABSENT ones is never looked at
+            self._indexed_pages = IndexedPages(
+                index=self.pool.index(self.codec.form), ids=ids.to(self.pool.device), counts=self.table.counts
+            )
+        return self._indexed_pages
 
     def add_pages(self, ids: Tensor, newest: Tensor, counts: Tensor, *, live: int) -> None:
         """Add sealed pages to the rows; see PageTable.append."""
         self.table.append(ids, newest, counts, live=live)
-        self._pages = None
+        self._changed_pages()
 
     def keep_pages(self, kept: Tensor) -> None:
         """Keep the pages marked in kept, bool [sequences, kv_heads, pages]; the others are let go."""
         if bool((kept | (self.table.ids[..., : kept.shape[-1]] == ABSENT)).all()):
             return
         self.pool.release(self.codec.form, self.table.keep(kept))
-        self._pages = None
+        self._changed_pages()
 
     def clear_slots(self, kept: Tensor) -> None:
         """Clear the live bits of slots not marked in kept, bool [sequences, kv_heads, pages, page_size]."""
@@ -162,7 +166,10 @@ class LayerCache:
         fewer = live & pack_slots(kept)
         if not torch.equal(live, fewer):
             live.copy_(fewer)
-            self._pages = None
+            self._changed_pages()
+
+    def _changed_pages(self) -> None:
+        self._pages = self._indexed_pages = None
 
     def slot_positions(self) -> Tensor:
         """The positions of the pages' slots, int32 [sequences, kv_heads, pages, page_size], on the CPU."""
@@ -235,7 +242,7 @@ class LayerCache:
             states["newest_queries"] = self.newest_queries.select(index)
         tail, table = self.tail.select(index), self.table.select(index)
         self.pool.retain(table.held())  # last: what raises before it holds nothing
-        return attrs.evolve(self, tail=tail, table=table, answer=None, pages=None, **states)
+        return attrs.evolve(self, tail=tail, table=table, answer=None, pages=None, indexed_pages=None, **states)
 
     @classmethod
     def joined(cls, layers: list[LayerCache]) -> LayerCache:
@@ -257,6 +264,7 @@ class LayerCache:
             queried=torch.empty(len(states["last"]), 0, dtype=torch.int64),
             answer=None,
             pages=None,
+            indexed_pages=None,
             **states,
         )
 

@@ -11,16 +11,16 @@ from torch import Tensor
 from pikv.core import attention, fused
 from pikv.core.attention import Partial
 from pikv.core.layer import LayerCache
-from pikv.core.ports.backend import AttendKernel, Pages
+from pikv.core.ports.backend import Pages, StepKernel
 from pikv.core.ports.selector import PageSelector
-from pikv.core.selection import best_pages
+from pikv.core.serving import Served
 from pikv.core.tail import EMPTY
 
 SCORES_AT_ONCE = 1 << 21  # entries of the mask that a prompt's attention holds at a time, where it needs one
 
 
 def attend(
-    layer: LayerCache, kernel: AttendKernel, query: Tensor, positions: Tensor, page_selector: PageSelector | None
+    layer: LayerCache, served: Served, query: Tensor, positions: Tensor, page_selector: PageSelector | None
 ) -> Partial:
     """Attention over the stored tokens of a layer.
 
@@ -29,10 +29,14 @@ def attend(
     Partial has the shape [sequences, kv_heads, group, tokens, ...]. Sealed pages are older than every query, so
     causality concerns the tail only.
     """
+    if isinstance(served.attend, StepKernel) and query.shape[3] == 1:
+        pages = _pages_to_read(layer, served, query, page_selector) if layer.table.width else None
+        step = served.attend.step(query[:, :, :, 0], pages, layer.tail, oldest=_window(layer, positions))
+        return Partial(step.output.unsqueeze(3), step.log_sum_exp.unsqueeze(3))
     parts = [_attend_tail(layer, query, positions)]
     if layer.table.width:
-        pages = _pages_to_read(layer, query, page_selector)
-        folded = kernel(query.flatten(2, 3), pages, oldest=_oldest(layer, positions))
+        pages = _pages_to_read(layer, served, query, page_selector)
+        folded = served.attend(query.flatten(2, 3), pages, oldest=_oldest(layer, positions))
         parts.append(_unfold(folded, query))
     return attention.merge(parts)
 
@@ -45,26 +49,30 @@ def with_sinks(layer: LayerCache, partial: Partial) -> Partial:
     return attention.merge([partial, attention.sink(logits, like=partial)])
 
 
-def _pages_to_read(layer: LayerCache, query: Tensor, selector: PageSelector | None) -> Pages:
+def _pages_to_read(layer: LayerCache, served: Served, query: Tensor, selector: PageSelector | None) -> Pages:
     reads_all = selector is None or query.shape[3] != 1 or layer.layer_id < selector.dense_layers
-    if reads_all or selector is None or layer.table.width <= selector.pages:
+    if reads_all or selector is None or served.choose is None or layer.table.width <= selector.pages:
         return layer.pages()
-    scores = selector.score(layer.page_index(), query[:, :, :, 0])
-    return layer.some_pages(best_pages(scores, layer.table.counts, selector.pages))
+    return layer.some_pages(served.choose(query[:, :, :, 0], layer.indexed_pages()))
 
 
 def _oldest(layer: LayerCache, positions: Tensor) -> Tensor | None:
-    """The oldest position that each query sees, [sequences, group * tokens], or None if the live masks say it.
+    """The oldest position that each query sees of the pages, or None if the live masks say it.
 
     They do when one token follows the last: settling cleared what its window leaves out.
     """
+    oldest = _window(layer, positions)
+    if oldest is not None and positions.shape[1] == 1 and bool((oldest[:, 0].cpu() <= layer.forgotten + 1).all()):
+        return None
+    return oldest
+
+
+def _window(layer: LayerCache, positions: Tensor) -> Tensor | None:
+    """The oldest position that each query sees, [sequences, group * tokens]; None if all see everything."""
     window = layer.config.window
     if window is None:
         return None
-    oldest = positions - window + 1
-    if positions.shape[1] == 1 and bool((oldest[:, 0] <= layer.forgotten + 1).all()):
-        return None
-    return oldest.repeat(1, layer.config.group).to(layer.tail.keys.device)
+    return (positions - window + 1).repeat(1, layer.config.group).to(layer.tail.keys.device)
 
 
 def _attend_tail(layer: LayerCache, query: Tensor, positions: Tensor) -> Partial:

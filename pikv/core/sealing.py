@@ -7,10 +7,8 @@ import torch
 from torch import Tensor
 
 from pikv.core.layer import LayerCache
-from pikv.core.ports.selector import PageSelector
+from pikv.core.ports.backend import NewPages, SealKernel
 from pikv.core.tables import all_live, new_pages
-
-PAGES_AT_ONCE = 256  # encoded at a time, so that what encoding needs for itself stays small
 
 
 @attrs.frozen
@@ -27,29 +25,16 @@ class Sealed:
     index: Tensor | None
 
 
-def encode(layer: LayerCache, kept: Tensor, counts: Tensor, page_selector: PageSelector | None) -> Sealed:
+def encode(layer: LayerCache, kept: Tensor, counts: Tensor, seal: SealKernel) -> Sealed:
     """Encode the oldest of the kept tail tokens, bool [sequences, kv_heads, width] on the CPU. Changes nothing."""
-    form, tail, compressor = layer.codec.form, layer.tail, layer.codec.compressor
+    form, tail = layer.codec.form, layer.tail
     page, sequence, head = new_pages(counts)
     order = kept.logical_not().int().sort(dim=-1, stable=True).indices  # kept tokens first, oldest first
     slots = order[sequence[:, None], head[:, None], page[:, None] * form.page_size + torch.arange(form.page_size)]
     pages = tail.keys.new_zeros((len(page), form.stride), dtype=torch.uint8)  # zeros: padding is part of a checksum
-    newest = torch.empty(len(page), dtype=torch.int64)
-    index = (
-        None
-        if page_selector is None
-        else layer.pool.index(form).new_empty(len(page), *layer.pool.index(form).shape[1:])
-    )
-    for start in range(0, len(page), PAGES_AT_ONCE):
-        block = slice(start, start + PAGES_AT_ONCE)
-        place = tuple(states[block].to(tail.keys.device) for states in (sequence[:, None], head[:, None], slots))
-        positions = tail.positions[place]
-        compressor.encode(form, tail.keys[place], tail.values[place], positions, pages[block])
-        newest[block] = positions[:, -1].cpu().long()
-        if page_selector is not None and index is not None:
-            # By the keys as they decode, or a bound on them would not hold for what is read.
-            page_selector.index(compressor.decode(form, pages[block])[0], index[block])
-    return Sealed(counts, pages, newest, index)
+    index = seal(tail, NewPages(sequence=sequence, head=head, slots=slots), pages)
+    last = (place.to(tail.keys.device) for place in (sequence, head, slots[:, -1]))
+    return Sealed(counts, pages, tail.positions[tuple(last)].cpu().long(), index)
 
 
 def store(layer: LayerCache, sealed: Sealed) -> None:

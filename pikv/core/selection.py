@@ -14,5 +14,6 @@ def best_pages(scores: Tensor, counts: Tensor, pages: int) -> Tensor:
     """
     column = torch.arange(scores.shape[-1], device=scores.device)
     last = counts.to(scores.device)[..., None] - 1
+    scores = scores.clamp(max=torch.finfo(scores.dtype).max)  # infinite is the newest alone
     ranked = scores.masked_fill(column > last, -torch.inf).masked_fill(column == last, torch.inf)
     return ranked.topk(min(pages, scores.shape[-1]), dim=-1).indices.sort(dim=-1).values

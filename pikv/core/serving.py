@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import attrs
 
 from pikv.core.config import ModelConfig, RuntimeConfig
 from pikv.core.errors import ConfigError
-from pikv.core.ports.backend import AttendKernel, PageCodec
+from pikv.core.ports.backend import AttendKernel, Backend, ChooseKernel, PageCodec, SealKernel
 from pikv.core.reports import Description
 
 _PARTS = (
@@ -21,13 +24,18 @@ _PARTS = (
 )
 
 
-@attrs.frozen
+@attrs.frozen(kw_only=True)
 class Served:
-    """How one layer's pages are encoded, the kernel that attends to them, and the backend that it is from."""
+    """How one layer's pages are encoded, and the kernels for them. choose: None without a page selector.
+
+    backends: the backend of each kernel, by the kernel's name.
+    """
 
     codec: PageCodec
-    kernel: AttendKernel
-    backend: str
+    attend: AttendKernel
+    seal: SealKernel
+    choose: ChooseKernel | None = None
+    backends: dict[str, str] = attrs.field(eq=False)
 
 
 def serve(model: ModelConfig, runtime: RuntimeConfig) -> list[Served]:
@@ -35,7 +43,8 @@ def serve(model: ModelConfig, runtime: RuntimeConfig) -> list[Served]:
     served: dict[PageCodec, Served] = {}
     result: list[Served] = []
     for layer in model.layers:
-        codec = PageCodec(compressor=runtime.compressor, layer=layer, form=runtime.form(layer, model.dtype))
+        form = runtime.form(layer, model.dtype)
+        codec = PageCodec(compressor=runtime.compressor, layer=layer, form=form, dtype=model.dtype)
         if codec not in served:
             served[codec] = _ask(model, runtime, codec, layer_id=len(result))
         result.append(served[codec])
@@ -43,15 +52,25 @@ def serve(model: ModelConfig, runtime: RuntimeConfig) -> list[Served]:
 
 
 def _ask(model: ModelConfig, runtime: RuntimeConfig, codec: PageCodec, *, layer_id: int) -> Served:
-    for backend in runtime.backends:
-        kernel = backend.attend(codec, model.device)
-        if kernel is not None:
-            return Served(codec, kernel, backend.name)
-    asked = ", ".join(backend.name for backend in runtime.backends)
-    raise ConfigError(
-        f"layer {layer_id}: none of the backends ({asked}) can attend to {type(codec.compressor).__name__} pages on "
-        f"{model.device}; add TorchBackend() as the last one"
-    )
+    selector, device = runtime.page_selector, model.device
+    steps: dict[str, Callable[[Backend], Any]] = {
+        "attend": lambda backend: backend.attend(codec, device),
+        "seal": lambda backend: backend.seal(codec, selector, device),
+    }
+    if selector is not None:
+        steps["choose"] = lambda backend: backend.choose(selector, codec.layer, device)
+    kernels, backends = {}, {}
+    for step, kernel_of in steps.items():
+        offered = ((kernel_of(backend), backend.name) for backend in runtime.backends)
+        found = next(((kernel, name) for kernel, name in offered if kernel is not None), None)
+        if found is None:
+            asked = ", ".join(backend.name for backend in runtime.backends)
+            raise ConfigError(
+                f"layer {layer_id}: none of the backends ({asked}) can {step} {type(codec.compressor).__name__} pages "
+                f"on {device}; add TorchBackend() as the last one"
+            )
+        kernels[step], backends[step] = found
+    return Served(codec=codec, backends=backends, **kernels)
 
 
 def describe(runtime: RuntimeConfig, served: list[Served]) -> Description:
@@ -59,12 +78,13 @@ def describe(runtime: RuntimeConfig, served: list[Served]) -> Description:
     parts = {"page_size": str(runtime.page_size), "tail_tokens": str(runtime.tail_tokens)}
     parts["budget_tokens"] = "all" if runtime.budget_tokens is None else str(runtime.budget_tokens)
     parts |= {name: repr(part) for name in _PARTS if (part := getattr(runtime, name)) is not None}
-    layers: dict[str, list[int]] = {}
+    layers: dict[tuple[str, str], list[int]] = {}
     for layer_id, layer in enumerate(served):
         form = layer.codec.form
-        text = f"{layer.backend}: keys {form.keys}, values {form.values}, {form.stride} bytes a page"
-        layers.setdefault(text, []).append(layer_id)
-    return Description(parts, {f"attend, layers {_ranges(ids)}": text for text, ids in layers.items()})
+        for step, backend in layer.backends.items():
+            text = f"{backend}: keys {form.keys}, values {form.values}, {form.stride} bytes a page"
+            layers.setdefault((step, text if step == "attend" else backend), []).append(layer_id)
+    return Description(parts, {f"{step}, layers {_ranges(ids)}": text for (step, text), ids in layers.items()})
 
 
 def _ranges(ids: list[int]) -> str:

@@ -15,8 +15,9 @@ from pikv.core.errors import PoolFullError, StateError
 from pikv.core.eviction import Candidates, choose
 from pikv.core.exact import Refuse
 from pikv.core.layer import NEVER, LayerCache
+from pikv.core.ports.backend import SealKernel
 from pikv.core.ports.full_pool import FullPool
-from pikv.core.ports.selector import PageSelector, QueryTokenSelector, TokenSelector
+from pikv.core.ports.selector import QueryTokenSelector, TokenSelector
 from pikv.core.tables import ABSENT
 from pikv.core.tail import EMPTY
 
@@ -96,11 +97,11 @@ def make_room(decisions: list[Decision], when_full: FullPool) -> None:
         taken += decision.missing_bytes
 
 
-def carry_out(decision: Decision, page_selector: PageSelector | None) -> None:
+def carry_out(decision: Decision, seal: SealKernel) -> None:
     """Encode, then change the layer. What raises leaves it as it was."""
     layer = decision.layer
     seals = bool(decision.seals.any())
-    sealed = sealing.encode(layer, decision.tail, decision.seals, page_selector) if seals else None
+    sealed = sealing.encode(layer, decision.tail, decision.seals, seal) if seals else None
     layer.keep_pages(decision.pages)
     if not bool(decision.tail.all()):
         layer.tail.keep(decision.tail.to(layer.tail.keys.device))

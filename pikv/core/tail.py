@@ -18,13 +18,25 @@ class Tail:
     """The unsealed tokens of each row, oldest first, from slot 0.
 
     keys [sequences, kv_heads, capacity, key_dim], values [..., value_dim], positions int32 [sequences, kv_heads,
-    capacity], EMPTY past a row's length. lengths: int64 [sequences, kv_heads], on the CPU.
+    capacity], EMPTY past a row's length; all contiguous. lengths: int64 [sequences, kv_heads], on the CPU. width: the
+    length of the longest row; even: whether all rows have it, so that no slot has to be masked. Both follow from
+    lengths and are kept, since a decode step asks for them often.
     """
 
     keys: Tensor
     values: Tensor
     positions: Tensor
     lengths: Tensor
+    width: int = attrs.field(init=False)
+    even: bool = attrs.field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self._set_lengths(self.lengths)
+
+    def _set_lengths(self, lengths: Tensor) -> None:
+        self.lengths = lengths
+        shortest, longest = (int(bound) for bound in lengths.aminmax()) if lengths.numel() else (0, 0)
+        self.width, self.even = longest, shortest == longest
 
     @classmethod
     def empty(cls, keys: Tensor, values: Tensor) -> Tail:
@@ -38,16 +50,6 @@ class Tail:
         )
 
     @property
-    def width(self) -> int:
-        """The length of the longest row."""
-        return int(self.lengths.max()) if self.lengths.numel() else 0
-
-    @property
-    def even(self) -> bool:
-        """Whether all rows have the same length, so that no slot has to be masked."""
-        return bool((self.lengths == self.width).all())
-
-    @property
     def nbytes(self) -> int:
         """The bytes of the tail's storages."""
         tensors = (self.keys, self.values, self.positions, self.lengths)
@@ -59,16 +61,21 @@ class Tail:
         A token whose position is negative is padding and is left out.
         """
         stored = positions >= 0
-        added = stored.sum(-1)
-        self.reserve(int((self.lengths + added[:, None]).max()) if self.lengths.numel() else 0)
-        if bool(stored.all()) and self.even:
-            slots = slice(self.width, self.width + keys.shape[2])
-            self.keys[:, :, slots] = keys
-            self.values[:, :, slots] = values
-            self.positions[:, :, slots] = positions[:, None].to(self.positions)
-        else:
-            self._scatter(keys, values, positions, stored)
-        self.lengths = self.lengths + added[:, None]
+        if self.even and bool(stored.all()):
+            self._append_evenly(keys, values, positions)
+            return
+        lengths = self.lengths + stored.sum(-1)[:, None]
+        self.reserve(int(lengths.max()))
+        self._scatter(keys, values, positions, stored)
+        self._set_lengths(lengths)
+
+    def _append_evenly(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
+        start, count = self.width, keys.shape[2]
+        self.reserve(start + count)
+        self.keys.narrow(2, start, count).copy_(keys)
+        self.values.narrow(2, start, count).copy_(values)
+        self.positions.narrow(2, start, count).copy_(positions[:, None])
+        self.lengths, self.width = self.lengths + count, start + count
 
     def _scatter(self, keys: Tensor, values: Tensor, positions: Tensor, stored: Tensor) -> None:
         sequence, token = torch.nonzero(stored, as_tuple=True)
@@ -85,7 +92,7 @@ class Tail:
         """Keep the tokens marked in kept, bool [sequences, kv_heads, width] on the tail's device, in their order."""
         width = kept.shape[-1]
         kept = kept & (self.positions[..., :width] != EMPTY)
-        self.lengths = kept.sum(-1).cpu()
+        self._set_lengths(kept.sum(-1).cpu())
         order = kept.logical_not().int().sort(dim=-1, stable=True).indices[..., : self.width]
         for start in range(0, self.width, SLOTS_AT_ONCE):  # in place: a token never moves back, so none is overwritten
             block = slice(start, start + SLOTS_AT_ONCE)
@@ -101,7 +108,7 @@ class Tail:
         width = self.width
         for tensor in (self.keys, self.values):
             tensor[:, :, : width - tokens] = tensor[:, :, tokens:width].clone()
-        self.lengths = self.lengths - tokens
+        self._set_lengths(self.lengths - tokens)
         self._settle_positions(self.positions[..., tokens:width].clone(), width)
 
     def _settle_positions(self, positions: Tensor, old_width: int) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pikv.core.errors import ConfigError
-from pikv.core.ports import IndexForm, PageIndex, PageSelector
+from pikv.core.ports import IndexForm, IndexMeaning, PageIndex, PageSelector
 
 if TYPE_CHECKING:
     from pikv.core.config import LayerConfig
@@ -35,7 +35,7 @@ class Quest(PageSelector):
 
     def index_form(self, layer: LayerConfig) -> IndexForm:
         """Least and greatest key of each channel: float16 [2, key_dim]."""
-        return IndexForm(torch.float16, (2, layer.key_dim))
+        return IndexForm(torch.float16, (2, layer.key_dim), IndexMeaning.BOUNDS)
 
     def index(self, keys: Tensor, out: Tensor) -> None:
         """See PageSelector.index."""

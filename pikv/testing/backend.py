@@ -11,8 +11,9 @@ from pikv.core import attention
 from pikv.core.attention import Partial
 from pikv.core.config import LayerConfig
 from pikv.core.exact import Exact
-from pikv.core.ports import Backend, Compressor, PageCodec, Pages
+from pikv.core.ports import Backend, Compressor, PageCodec, Pages, StepKernel
 from pikv.core.tables import all_live, live_slots
+from pikv.core.tail import EMPTY, Tail
 
 CPU = torch.device("cpu")
 
@@ -73,6 +74,47 @@ class BackendConformance:
             pages = some_pages(each, seed=4)
             self._check(each, Pages(slab=pages.slab, rows=pages.rows, live=0 * pages.live, run=None), oldest=None)
 
+    def test_one_query_a_head(self) -> None:
+        """As a decoded token asks: one query for each query head."""
+        for each in self.codecs():
+            query = some_queries(each)[:, :, : each.layer.group]
+            self._check(each, some_pages(each, seed=6), oldest=None, query=query)
+
+    def test_many_queries(self) -> None:
+        """More than a kernel may take at once."""
+        for each in self.codecs():
+            query = some_queries(each).repeat(1, 1, 12, 1)
+            self._check(each, some_pages(each, seed=7), oldest=None, query=query)
+
+    def test_log_sum_exp_of_each_page(self) -> None:
+        """Written where it is asked for; together they are the whole's."""
+        for each in self.codecs():
+            kernel, pages, query = self.make().attend(each, CPU), some_pages(each, seed=8), some_queries(each)
+            if kernel is None:
+                continue
+            page_lse = torch.empty(*query.shape[:3], pages.rows.shape[2])
+            whole = kernel(query, pages, page_lse=page_lse)
+            self._assert_near(page_lse.logsumexp(-1), whole.log_sum_exp.double())
+            for column in range(pages.rows.shape[2]):
+                one = Pages(slab=pages.slab, rows=pages.rows[..., [column]], live=pages.live[..., [column]], run=None)
+                self._assert_near(page_lse[..., column], oracle(each, query, one, None).log_sum_exp)
+
+    def test_a_step_takes_the_tail_along(self) -> None:
+        """A StepKernel's step is attention to pages and tail together, to one of them alone, and to neither."""
+        for each in self.codecs():
+            kernel = self.make().attend(each, CPU)
+            if not isinstance(kernel, StepKernel):
+                continue
+            query = some_queries(each)[:, :, : each.layer.group]
+            for lengths in ([[3, 3], [3, 3]], [[0, 1], [70, 64]], [[0, 0], [0, 0]]):
+                tail = some_tail(each, torch.tensor(lengths))
+                for pages in (None, some_pages(each, seed=9)):
+                    for oldest in (None, torch.tensor([[1005] * each.layer.group, [70] * each.layer.group])):
+                        got = kernel.step(query, pages, tail, oldest=oldest)
+                        wanted = step_oracle(each, query, pages, tail, oldest)
+                        self._assert_near(got.output, wanted.output)
+                        self._assert_near(got.log_sum_exp, wanted.log_sum_exp)
+
     def test_changes_nothing(self) -> None:
         """Neither the pages nor the query change, and the same call gives the same bits."""
         for each in self.codecs():
@@ -86,15 +128,16 @@ class BackendConformance:
             assert torch.equal(first.output, second.output)
             assert torch.equal(first.log_sum_exp, second.log_sum_exp)
 
-    def _check(self, each: PageCodec, pages: Pages, *, oldest: Tensor | None) -> None:
-        kernel, query = self.make().attend(each, CPU), some_queries(each)
+    def _check(self, each: PageCodec, pages: Pages, *, oldest: Tensor | None, query: Tensor | None = None) -> None:
+        kernel, query = self.make().attend(each, CPU), some_queries(each) if query is None else query
         if kernel is None:
             return
         got, wanted = kernel(query, pages, oldest=oldest), oracle(each, query, pages, oldest)
-        torch.testing.assert_close(got.output.double(), wanted.output, atol=self.tolerance, rtol=self.tolerance)
-        torch.testing.assert_close(
-            got.log_sum_exp.double(), wanted.log_sum_exp, atol=self.tolerance, rtol=self.tolerance
-        )
+        self._assert_near(got.output, wanted.output)
+        self._assert_near(got.log_sum_exp, wanted.log_sum_exp)
+
+    def _assert_near(self, got: Tensor, wanted: Tensor) -> None:
+        torch.testing.assert_close(got.double(), wanted, atol=self.tolerance, rtol=self.tolerance)
 
 
 def codec(
@@ -108,7 +151,8 @@ def codec(
 ) -> PageCodec:
     """A codec for a layer of 2 KV heads with 3 query heads each."""
     layer = LayerConfig(query_heads=6, kv_heads=2, key_dim=key_dim, value_dim=value_dim, softcap=softcap)
-    return PageCodec(compressor=compressor, layer=layer, form=compressor.form(layer, page_size=page_size, dtype=dtype))
+    form = compressor.form(layer, page_size=page_size, dtype=dtype)
+    return PageCodec(compressor=compressor, layer=layer, form=form, dtype=dtype)
 
 
 def some_pages(each: PageCodec, *, seed: int) -> Pages:
@@ -148,3 +192,27 @@ def oracle(each: PageCodec, query: Tensor, pages: Pages, oldest: Tensor | None) 
         mask = mask & (positions[:, :, None, :] >= oldest[:, None, :, None])
     scale, softcap = each.layer.scale, each.layer.softcap
     return attention.attend(query.double(), keys, values, scale=scale, softcap=softcap, mask=mask)
+
+
+def some_tail(each: PageCodec, lengths: Tensor) -> Tail:
+    """A tail of 2 sequences and 2 KV heads at positions from 1000 on, with room to spare; lengths int64 [2, 2]."""
+    generator, room = torch.Generator().manual_seed(10), int(lengths.max()) + 5
+    held = torch.arange(room) < lengths[..., None]
+    return Tail(
+        torch.randn(2, 2, room, each.layer.key_dim, generator=generator).to(each.dtype),
+        torch.randn(2, 2, room, each.layer.value_dim, generator=generator).to(each.dtype),
+        torch.where(held, torch.arange(1000, 1000 + room), EMPTY).int(),
+        lengths,
+    )
+
+
+def step_oracle(each: PageCodec, query: Tensor, pages: Pages | None, tail: Tail, oldest: Tensor | None) -> Partial:
+    """Float64 attention over the pages and the tail."""
+    mask = (tail.positions != EMPTY)[:, :, None, :]
+    if oldest is not None:
+        mask = mask & (tail.positions[:, :, None, :] >= oldest[:, None, :, None])
+    keys, values, scale = tail.keys.double(), tail.values.double(), each.layer.scale
+    parts = [attention.attend(query.double(), keys, values, scale=scale, softcap=each.layer.softcap, mask=mask)]
+    if pages is not None:
+        parts.append(oracle(each, query, pages, oldest))
+    return attention.merge(parts)

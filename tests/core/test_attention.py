@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import pikv
-from pikv.core import attention, reading, torch_backend
+from pikv.core import attention, reading, torch_attend
 from pikv.testing import strategies as some
 from pikv.testing.plain import PlainCache, check_holds, rounding
 
@@ -121,7 +121,7 @@ def test_one_token_at_a_time_equals_one_chunk(case):
 @given(case=cases(max_tokens=120), data=st.data())
 def test_the_block_sizes_do_not_matter(case, data):
     """Pages and queries that take several blocks are attended to as in one."""
-    with patch.object(torch_backend, "BLOCK_TOKENS", 40), patch.object(reading, "SCORES_AT_ONCE", 300):
+    with patch.object(torch_attend, "BLOCK_TOKENS", 40), patch.object(reading, "SCORES_AT_ONCE", 300):
         check(case, data.draw(some.chunkings(case.tokens)))
 
 

@@ -191,6 +191,12 @@ class Nothing(Backend):
     def attend(self, codec, device):
         return None
 
+    def choose(self, selector, layer, device):
+        return None
+
+    def seal(self, codec, selector, device):
+        return None
+
 
 def test_backends_are_asked_in_order():
     """The first that has a kernel serves; describe tells which, for which layers, and what is composed."""
@@ -200,7 +206,7 @@ def test_backends_are_asked_in_order():
     model = pikv.ModelConfig.of([layer, layer, other, layer])
     cache = pikv.compose(model, backends=[Nothing(), *torch_alone], token_selector=Recent(), budget_tokens=192)
     described = cache.describe()
-    assert {name for name in described.steps if "layers" in name} == {"attend, layers 0-1, 3", "attend, layers 2"}
+    assert set(described.steps) == {"attend, layers 0-1, 3", "attend, layers 2", "seal, layers 0-3"}
     assert all(text.startswith("torch") for text in described.steps.values())
     assert described.parts["token_selector"] == repr(Recent())
     assert described.parts["budget_tokens"] == "192"
@@ -210,7 +216,7 @@ def test_backends_are_asked_in_order():
 def test_a_layer_that_no_backend_serves_is_refused():
     """ConfigError says which layer, which backends, and what to add."""
     settings = {"model": pikv.ModelConfig(**MODEL), "backends": [Nothing()]}
-    check_refused(pikv.compose, settings, ["layer 0", "(nothing)", "Exact pages on cpu", "add TorchBackend()"])
+    check_refused(pikv.compose, settings, ["layer 0", "(nothing)", "attend Exact pages on cpu", "add TorchBackend()"])
 
 
 def test_a_pool_must_be_of_the_model_and_the_runtime():

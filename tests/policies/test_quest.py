@@ -11,6 +11,7 @@ import pikv
 from pikv.adapters.compressors import Int4
 from pikv.core.exact import Exact
 from pikv.core.ports import Compressor, PageIndex, PageSelector
+from pikv.core.selection import best_pages
 from pikv.policies import Quest
 from pikv.testing.page_selector import PageSelectorConformance
 
@@ -123,3 +124,11 @@ def test_forks_keep_their_indexes() -> None:
                 out = held.attend(layer_id, torch.randn(1, 8, 1, 16, generator=generator))
         twins.append(out)
     assert torch.equal(*twins)
+
+
+def test_the_newest_page_is_read_beside_infinite_scores():
+    """Pages whose scores are infinite, as keys beyond float16 make them, do not take its place."""
+    scores = torch.tensor([[[torch.inf, torch.inf, 0.0, 0.0]]])
+    counts = torch.tensor([[3]])
+    assert 2 in best_pages(scores, counts, pages=2)[0, 0].tolist()
+    assert best_pages(scores, counts, pages=1).tolist() == [[[2]]]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pikv.core.errors import ConfigError, InputError
 from pikv.core.forms import Affine, Encoding, PageForm
-from pikv.core.ports import Compressor
+from pikv.core.ports import FormCompressor
 
 if TYPE_CHECKING:
     from pikv.core.config import LayerConfig
@@ -19,7 +19,7 @@ LARGEST_GROUP = 32  # KIVI, arXiv 2402.02750, section 4
 _FLOAT16_MAX = torch.finfo(torch.float16).max
 
 
-class KiviLayout(Compressor):
+class KiviLayout(FormCompressor):
     """Keys per channel in groups of 32 tokens, values per token in groups of 32 channels; `bits` an entry.
 
     Source of the layout: KIVI, arXiv 2402.02750, section 3. `Affine` states the bytes. A page holds no more than this:
@@ -74,8 +74,8 @@ class Int2(KiviLayout):
 
 def affine_form(bits: int, layer: LayerConfig, page_size: int) -> PageForm:
     """The fields that `Affine` names, and positions."""
-    keys = Affine(bits, _group("page_size", page_size, bits), "tokens")
-    values = Affine(bits, _group("value_dim", layer.value_dim, bits), "channels")
+    keys = Affine(bits, _group("page_size", page_size, bits), "tokens", _order(layer.key_dim, bits))
+    values = Affine(bits, _group("value_dim", layer.value_dim, bits), "channels", _order(page_size, bits))
     key_groups = (page_size // keys.group, layer.key_dim)
     value_groups = (layer.value_dim // values.group, page_size)
     return PageForm.packed(
@@ -83,10 +83,10 @@ def affine_form(bits: int, layer: LayerConfig, page_size: int) -> PageForm:
         keys,
         values,
         {
-            "keys": (torch.uint8, (layer.key_dim, page_size // keys.codes_a_byte)),
+            "keys": (torch.uint8, _codes_shape(keys, layer.key_dim, page_size)),
             "key_scales": (torch.float16, key_groups),
             "key_zeros": (torch.float16, key_groups),
-            "values": (torch.uint8, (page_size, layer.value_dim // values.codes_a_byte)),
+            "values": (torch.uint8, _codes_shape(values, page_size, layer.value_dim)),
             "value_scales": (torch.float16, value_groups),
             "value_zeros": (torch.float16, value_groups),
             "positions": (torch.int32, (page_size,)),
@@ -104,6 +104,18 @@ def _group(name: str, entries: int, bits: int) -> int:
             f"{entries}; use more bits (Int8 takes any dimension) or Exact"
         )
     return groups[-1]
+
+
+def _order(rows: int, bits: int) -> str:
+    """Of codes [rows, columns]: "words", which backends read fastest, if rows fill whole words."""
+    return "plain" if rows % (32 // bits) else "words"
+
+
+def _codes_shape(encoding: Affine, rows: int, columns: int) -> tuple[int, ...]:
+    """The bytes of rows * columns codes."""
+    if encoding.order == "words":
+        return (rows // encoding.codes_a_word, columns, 4)
+    return (rows, columns // encoding.codes_a_byte)
 
 
 def write_pages(form: PageForm, keys: Tensor, values: Tensor, positions: Tensor, out: Tensor) -> None:
@@ -140,9 +152,9 @@ def _affine(encoding: Encoding) -> Affine:
 
 
 def quantize(name: str, states: Tensor, encoding: Affine) -> tuple[Tensor, Tensor, Tensor]:
-    """Return packed codes uint8 [..., entries / codes_a_byte], scales and zeros float16 [..., groups] of states.
+    """Return packed codes uint8, scales and zeros float16 [..., rows, groups] of states.
 
-    states: [..., entries], called `name` in errors. Raises InputError for what float16 cannot hold, NaN included.
+    states: [..., rows, entries], called `name` in errors. Raises InputError for what float16 cannot hold, NaN included.
     """
     grouped = states.unflatten(-1, (-1, encoding.group))
     low, high = (bound.double() for bound in grouped.aminmax(dim=-1))
@@ -156,7 +168,7 @@ def quantize(name: str, states: Tensor, encoding: Affine) -> tuple[Tensor, Tenso
     divisors = scales.double().masked_fill(scales == 0, 1.0)
     # float64: a float32 quotient may fall on the wrong side of a tie, and the error be more than half a scale.
     codes = (grouped - zeros.double()[..., None]).div_(divisors[..., None]).round_()
-    return _pack(codes.to(torch.uint8).flatten(-2), encoding.bits), scales, zeros
+    return _pack(codes.to(torch.uint8).flatten(-2), encoding), scales, zeros
 
 
 def _float16_at_most(bound: Tensor) -> Tensor:
@@ -168,21 +180,27 @@ def _float16_at_most(bound: Tensor) -> Tensor:
 
 
 def dequantize(codes: Tensor, scales: Tensor, zeros: Tensor, encoding: Affine) -> Tensor:
-    """Undo `quantize`: float32 [..., entries]."""
-    grouped = _unpack(codes, encoding.bits).unflatten(-1, (-1, encoding.group)).to(torch.float32)
+    """Undo `quantize`: float32 [..., rows, entries]."""
+    grouped = _unpack(codes, encoding).unflatten(-1, (-1, encoding.group)).to(torch.float32)
     return torch.addcmul(zeros.to(grouped)[..., None], grouped, scales.to(grouped)[..., None]).flatten(-2)
 
 
-def _pack(codes: Tensor, bits: int) -> Tensor:
-    """Codes uint8 [..., entries], low bits first: uint8 [..., entries * bits / 8]."""
-    codes_a_byte = 8 // bits
-    packed = codes[..., ::codes_a_byte].clone()
-    for place in range(1, codes_a_byte):
-        packed |= codes[..., place::codes_a_byte] << (place * bits)
+def _pack(codes: Tensor, encoding: Affine) -> Tensor:
+    """Codes uint8 [..., rows, entries] in the bytes that `Affine` describes."""
+    if encoding.order == "words":
+        parts = codes.unflatten(-2, (-1, encoding.codes_a_byte, 4)).mT.unbind(-3)  # each [..., words, entries, 4]
+    else:
+        parts = codes.unflatten(-1, (-1, encoding.codes_a_byte)).unbind(-1)
+    packed = parts[0].clone(memory_format=torch.contiguous_format)
+    for place in range(1, encoding.codes_a_byte):
+        packed |= parts[place] << (place * encoding.bits)
     return packed
 
 
-def _unpack(packed: Tensor, bits: int) -> Tensor:
+def _unpack(packed: Tensor, encoding: Affine) -> Tensor:
     """Undo `_pack`."""
-    mask = (1 << bits) - 1
-    return torch.stack([(packed >> shift) & mask for shift in range(0, 8, bits)], dim=-1).flatten(-2)
+    shifts = range(0, 8, encoding.bits)
+    parts = [(packed >> shift) & encoding.highest_code for shift in shifts]
+    if encoding.order == "words":
+        return torch.stack(parts, dim=-3).mT.flatten(-4, -2)  # from [..., words, part, entries, 4]
+    return torch.stack(parts, dim=-1).flatten(-2)

@@ -1,11 +1,29 @@
 """The ports: what a part of a cache must do, whoever writes it."""
 
 from pikv.core.ports.allocator import Allocator
-from pikv.core.ports.backend import AttendKernel, Backend, PageCodec, Pages
-from pikv.core.ports.compressor import Compressor
+from pikv.core.ports.backend import (
+    AttendKernel,
+    Backend,
+    ChooseKernel,
+    IndexedPages,
+    NewPages,
+    PageCodec,
+    Pages,
+    SealKernel,
+    StepKernel,
+)
+from pikv.core.ports.compressor import Compressor, FormCompressor
 from pikv.core.ports.full_pool import FullPool
 from pikv.core.ports.router import Observation, Router, RouterState, Routing
-from pikv.core.ports.selector import IndexForm, NeedsRotary, PageIndex, PageSelector, QueryTokenSelector, TokenSelector
+from pikv.core.ports.selector import (
+    IndexForm,
+    IndexMeaning,
+    NeedsRotary,
+    PageIndex,
+    PageSelector,
+    QueryTokenSelector,
+    TokenSelector,
+)
 from pikv.core.ports.sharding import Sharding
 from pikv.core.ports.transport import Transport
 
@@ -13,10 +31,15 @@ __all__ = [
     "Allocator",
     "AttendKernel",
     "Backend",
+    "ChooseKernel",
     "Compressor",
+    "FormCompressor",
     "FullPool",
     "IndexForm",
+    "IndexMeaning",
+    "IndexedPages",
     "NeedsRotary",
+    "NewPages",
     "Observation",
     "PageCodec",
     "PageIndex",
@@ -26,7 +49,9 @@ __all__ = [
     "Router",
     "RouterState",
     "Routing",
+    "SealKernel",
     "Sharding",
+    "StepKernel",
     "TokenSelector",
     "Transport",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import attrs
 import torch
@@ -12,18 +12,21 @@ from torch import Tensor
 from pikv.core.attention import Partial
 from pikv.core.forms import PageForm
 from pikv.core.ports.compressor import Compressor
+from pikv.core.ports.selector import PageSelector
 
 if TYPE_CHECKING:
     from pikv.core.config import LayerConfig
+    from pikv.core.tail import Tail
 
 
 @attrs.frozen(kw_only=True)
 class PageCodec:
-    """A compressor together with the layer and the form that it is used for."""
+    """A compressor together with the layer and the form that it is used for. dtype: the model's, and the tail's."""
 
     compressor: Compressor
     layer: LayerConfig
     form: PageForm
+    dtype: torch.dtype = torch.float32
 
 
 @attrs.frozen(kw_only=True)
@@ -42,15 +45,79 @@ class Pages:
     run: int | None
 
 
-class AttendKernel(Protocol):
+class AttendKernel(abc.ABC):
     """Attention of every query to every live slot of the pages."""
 
-    def __call__(self, query: Tensor, pages: Pages, *, oldest: Tensor | None = None) -> Partial:
+    @abc.abstractmethod
+    def __call__(
+        self, query: Tensor, pages: Pages, *, oldest: Tensor | None = None, page_lse: Tensor | None = None
+    ) -> Partial:
         """Attend query [sequences, kv_heads, queries, key_dim]; the Partial has the shape [..., queries, value_dim].
 
         oldest: int64 [sequences, queries], the oldest position that each query sees; None when all see everything.
+        page_lse: float32 [sequences, kv_heads, queries, pages], written if given: the log-sum-exp of each page's
+        scores, -inf where a query sees nothing of a page, or what its weight is less than float32 can hold beside
+        that of the pages before.
         """
-        ...
+
+
+class StepKernel(AttendKernel):
+    """A kernel that takes the tail along: all that the queries of a decoded token attend to, in one launch.
+
+    For kernels that are no StepKernel the core attends to the tail by the oracle, and merges.
+    """
+
+    @abc.abstractmethod
+    def step(self, query: Tensor, pages: Pages | None, tail: Tail, *, oldest: Tensor | None = None) -> Partial:
+        """Attend query [sequences, kv_heads, queries, key_dim] to the pages, if any, and to the whole tail.
+
+        oldest: as for pages; it holds for the tail too.
+        """
+
+
+@attrs.frozen(kw_only=True)
+class IndexedPages:
+    """The index of the sealed pages of one layer, where it lies.
+
+    index: [page ids, *shape of the IndexForm]. ids: int32 [sequences, kv_heads, pages], rows of the index, oldest page
+    first; 0 past a row's count. counts: int64 [sequences, kv_heads].
+    """
+
+    index: Tensor
+    ids: Tensor
+    counts: Tensor
+
+
+class ChooseKernel(abc.ABC):
+    """The choice of a page selector, which the kernel was made for."""
+
+    @abc.abstractmethod
+    def __call__(self, query: Tensor, pages: IndexedPages) -> Tensor:
+        """Score all pages for query [sequences, kv_heads, group, key_dim], and choose each row's newest and its best.
+
+        Returns columns int64 [sequences, kv_heads, min(selector.pages, pages)], oldest first, which of equal scores is
+        open. A row with fewer pages than are read is filled up with columns past its count.
+        """
+
+
+@attrs.frozen(kw_only=True)
+class NewPages:
+    """Which tail slots become pages: sequence, head int64 [n], and slots int64 [n, page_size], all on the CPU."""
+
+    sequence: Tensor
+    head: Tensor
+    slots: Tensor
+
+
+class SealKernel(abc.ABC):
+    """Encoding of new pages and, for the page selector that the kernel was made for, indexing."""
+
+    @abc.abstractmethod
+    def __call__(self, tail: Tail, new: NewPages, out: Tensor) -> Tensor | None:
+        """Write the pages into out uint8 [n, stride], zeros before; return their index [n, *shape], if there is one.
+
+        Changes nothing else. Raises what the compressor raises for numbers that it cannot hold.
+        """
 
 
 class Backend(abc.ABC):
@@ -64,3 +131,11 @@ class Backend(abc.ABC):
     @abc.abstractmethod
     def attend(self, codec: PageCodec, device: torch.device) -> AttendKernel | None:
         """Return the kernel for these pages on this device, or None if there is none."""
+
+    @abc.abstractmethod
+    def choose(self, selector: PageSelector, layer: LayerConfig, device: torch.device) -> ChooseKernel | None:
+        """Return the kernel that chooses pages as this selector does, or None if there is none."""
+
+    @abc.abstractmethod
+    def seal(self, codec: PageCodec, selector: PageSelector | None, device: torch.device) -> SealKernel | None:
+        """Return the kernel that writes these pages and their index, or None if there is none."""

@@ -40,3 +40,10 @@ class Compressor(abc.ABC):
 
         What comes back may be a view of the pages; the caller does not write to it.
         """
+
+
+class FormCompressor(Compressor):
+    """A compressor that does no more than its form says: numbers as they are, codes by the rule of `Affine`.
+
+    Kernels may then write its pages as well as read them: fields one after another, what lies between them 0.
+    """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import enum
 from typing import TYPE_CHECKING
 
 import attrs
@@ -42,12 +43,25 @@ class QueryTokenSelector(TokenSelector):
     """How many of the newest queries of a sequence it needs."""
 
 
+class IndexMeaning(enum.Enum):
+    """What an index holds and how it gives a score, where backends may know better than to ask the selector."""
+
+    OWN = "own"
+    """Only the selector knows."""
+    BOUNDS = "bounds"
+    """float16 [2, key_dim]: below and above every key of the page as it decodes, channel by channel: the greatest
+    float16 not above the least key, and the least float16 not below the greatest. The score of a page is
+    `sum_d max(q_d * below_d, q_d * above_d)`, for the group's query q where it is greatest; a sum that is not a number
+    counts as infinite."""
+
+
 @attrs.frozen
 class IndexForm:
     """What a page selector keeps of a page: one array."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
+    meaning: IndexMeaning = IndexMeaning.OWN
 
 
 @attrs.frozen(kw_only=True)

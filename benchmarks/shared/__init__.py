@@ -1,0 +1,1 @@
+"""What benchmarks share; the scripts beside this folder run it."""
