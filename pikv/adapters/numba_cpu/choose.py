@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from pikv.adapters.numba_cpu.attend import share
-from pikv.adapters.numba_cpu.compiled import INLINED, compiled
-from pikv.adapters.numba_cpu.launch import Launch
+from pikv.adapters.numba_cpu.compiled import COMPILED, part
+from pikv.adapters.numba_cpu.launch import Launch, workers_for
 from pikv.adapters.numba_cpu.machine import Machine
 from pikv.adapters.numba_cpu.shape import FLOAT, HALF
 from pikv.adapters.numba_cpu.simd import load, prefetch_near
@@ -26,7 +26,7 @@ from pikv.core.config import LayerConfig
 from pikv.core.ports import ChooseKernel, IndexedPages, IndexMeaning, PageSelector
 
 PAGES_AHEAD = 8  # that the index is fetched for before it is read
-PARALLEL_BYTES = 1 << 18  # of index; less is scored sooner by one thread than by waking another
+BYTES_A_WORKER = 1 << 17  # of index; less is scored sooner than another thread is woken
 
 
 @static
@@ -61,7 +61,7 @@ class NumbaChoose(ChooseKernel):
 
     bounds: Bounds
     pages: int
-    _kernel: Launch = attrs.field(factory=lambda: Launch(_choose), init=False)
+    _kernel: Launch = attrs.field(factory=lambda: Launch(alone=_choose_alone, together=_choose_together), init=False)
 
     def __call__(self, query: Tensor, pages: IndexedPages) -> Tensor:
         """See ChooseKernel. Scores are summed up in float32."""
@@ -77,7 +77,7 @@ class NumbaChoose(ChooseKernel):
             pages.counts.contiguous().view(rows).numpy(),
             columns.view(rows, -1).numpy(),
             query.shape[1],
-            _workers(2 * self.bounds.numbers * rows * width),
+            workers=workers_for(HALF.itemsize * self.bounds.numbers * rows * width // BYTES_A_WORKER),
         )
         return columns
 
@@ -89,25 +89,29 @@ def bounds_of(selector: PageSelector, layer: LayerConfig, on: Machine, sources: 
     return Bounds(machine=on, key_dim=layer.key_dim, group=layer.group, sources=sources)
 
 
-def _workers(nbytes: int) -> int:
-    return min(numba.get_num_threads(), torch.get_num_threads()) if nbytes >= PARALLEL_BYTES else 1
-
-
-@numba.njit(parallel=True, cache=True, **INLINED)
-def _choose(bounds: Any, index: int, signs: int, ids: Any, counts: Any, columns: Any, heads: int, workers: int) -> None:
+@numba.njit(cache=True, **COMPILED)
+def _choose_alone(
+    bounds: Any, index: int, signs: int, ids: Any, counts: Any, columns: Any, heads: int, workers: int
+) -> None:
     """index, signs: addresses of float16 [page ids, 2, key_dim] and float32 [rows, group, 2, key_dim]."""
     scores = np.empty(ids.shape, np.float32)
-    if workers == 1:  # wakes nobody, and waits for nobody
-        _score_pages(bounds, index, signs, ids, scores, heads, 0, 1)
-        _best_rows(scores, counts, columns, 0, 1)
-        return
+    _score_pages(bounds, index, signs, ids, scores, heads, 0, 1)
+    _best_rows(scores, counts, columns, 0, 1)
+
+
+@numba.njit(parallel=True, cache=True, **COMPILED)
+def _choose_together(
+    bounds: Any, index: int, signs: int, ids: Any, counts: Any, columns: Any, heads: int, workers: int
+) -> None:
+    """The same by several workers, each in a thread of numba's."""
+    scores = np.empty(ids.shape, np.float32)
     for worker in numba.prange(workers):
         _score_pages(bounds, index, signs, ids, scores, heads, worker, workers)
     for worker in numba.prange(workers):
         _best_rows(scores, counts, columns, worker, workers)
 
 
-@compiled
+@part
 def _score_pages(
     bounds: Any, index: int, signs: int, ids: Any, scores: Any, heads: int, worker: int, workers: int
 ) -> None:
@@ -123,7 +127,7 @@ def _score_pages(
             scores[row, column] = _score(bounds, index, ids[row, column], ahead, signs, row, products)
 
 
-@compiled
+@part
 def _score(bounds: Any, index: int, page_id: int, ahead_id: int, signs: int, row: int, products: Any) -> Any:
     """The greatest over the group of what no key of the page exceeds in its product with the query."""
     page_bytes, query_bytes = HALF.itemsize * bounds.numbers, FLOAT.itemsize * bounds.numbers
@@ -143,7 +147,7 @@ def _score(bounds: Any, index: int, page_id: int, ahead_id: int, signs: int, row
     return best
 
 
-@compiled
+@part
 def _best_rows(scores: Any, counts: Any, columns: Any, worker: int, workers: int) -> None:
     """Choose for a worker's share of the rows."""
     keys, tally = scores.view(np.int32), np.empty(256, np.int64)
@@ -152,7 +156,7 @@ def _best_rows(scores: Any, counts: Any, columns: Any, worker: int, workers: int
         _best(keys, row, counts[row], columns, tally)
 
 
-@compiled
+@part
 def _best(keys: Any, row: int, count: int, columns: Any, tally: Any) -> None:
     """Write the columns of the newest and of the best pages, in order. keys: the bits of their scores, changed."""
     wanted = columns.shape[1]
@@ -174,7 +178,7 @@ def _best(keys: Any, row: int, count: int, columns: Any, tally: Any) -> None:
             place += 1
 
 
-@compiled
+@part
 def _threshold(keys: Any, row: int, count: int, wanted: int, tally: Any) -> Any:
     """The `wanted` greatest key, and how many equal to it are wanted: digit by digit, counting."""
     known, mask, missing = np.int64(0), np.int64(0), wanted

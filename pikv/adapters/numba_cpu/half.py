@@ -9,7 +9,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from pikv.adapters.numba_cpu.compiled import compiled
+from pikv.adapters.numba_cpu.compiled import part
 
 _FLOAT, _HALF, _SHORT, _INT = ir.FloatType(), ir.HalfType(), ir.IntType(16), ir.IntType(32)
 
@@ -48,7 +48,7 @@ def from_half(typing: Any, bits: Any) -> Any:
     return types.float32(types.int16), lower
 
 
-@compiled
+@part
 def half_at_most(bound: Any) -> Any:
     """The bits of the largest float16 that is not above a number within float16's range."""
     bits = half(np.float32(bound))
@@ -57,7 +57,7 @@ def half_at_most(bound: Any) -> Any:
     return bits
 
 
-@compiled
+@part
 def half_at_least(bound: Any) -> Any:
     """The bits of the least float16 that is not below a float32, infinity included; 0 for -0."""
     bits = half(bound)

@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pikv.adapters.numba_cpu.compiled import INLINED, compiled
+from pikv.adapters.numba_cpu.attend import share
+from pikv.adapters.numba_cpu.compiled import COMPILED, part
 from pikv.adapters.numba_cpu.half import from_half, half_at_least, half_at_most, number
-from pikv.adapters.numba_cpu.launch import Launch
+from pikv.adapters.numba_cpu.launch import Launch, workers_for
 from pikv.adapters.numba_cpu.shape import NUMBERS
 from pikv.adapters.numba_cpu.simd import Numbers
 from pikv.adapters.numba_cpu.static import static
@@ -129,7 +130,7 @@ class NumbaSeal(SealKernel):
     sides: tuple[Side, Side]
     codec: PageCodec
     selector: PageSelector | None
-    _kernel: Launch = attrs.field(factory=lambda: Launch(_seal), init=False)
+    _kernel: Launch = attrs.field(factory=lambda: Launch(alone=_seal_alone, together=_seal_together), init=False)
 
     def __call__(self, tail: Tail, new: NewPages, out: Tensor) -> Tensor | None:
         """See SealKernel."""
@@ -146,9 +147,10 @@ class NumbaSeal(SealKernel):
         )
         types = (torch.uint8, torch.int16, torch.int32)
         target = Target(*(out.view(dtype).numpy() for dtype in types), bounds=index.view(torch.int16).numpy())
-        workers = min(numba.get_num_threads(), torch.get_num_threads())
         positions = self.codec.form.field("positions").offset
-        self._kernel(self.stored, *self.sides, positions, source, target, written.numpy(), workers)
+        self._kernel(
+            self.stored, *self.sides, positions, source, target, written.numpy(), workers=workers_for(len(out))
+        )
         if not bool(written.all()):
             self._refuse(tail, new, out, int(written.int().argmin()))
         if bounds or self.selector is None:
@@ -168,8 +170,8 @@ def _bits(states: Tensor) -> Any:
     return states.view(torch.int32 if states.itemsize == 4 else torch.int16).flatten(0, 1).numpy()
 
 
-@numba.njit(parallel=True, cache=True, **INLINED)
-def _seal(
+@numba.njit(cache=True, **COMPILED)
+def _seal_alone(
     stored: Any,
     keys: Side,
     values: Side,
@@ -180,12 +182,27 @@ def _seal(
     workers: int,
 ) -> None:
     """Write pages, and mark those in written that hold what they were given. positions: their offset in a page."""
+    _write_pages(stored, keys, values, positions, source, target, written, 0, len(written))
+
+
+@numba.njit(parallel=True, cache=True, **COMPILED)
+def _seal_together(
+    stored: Any,
+    keys: Side,
+    values: Side,
+    positions: int,
+    source: Source,
+    target: Target,
+    written: Any,
+    workers: int,
+) -> None:
+    """The same by several workers, each in a thread of numba's."""
     for worker in numba.prange(workers):
-        first, last = len(written) * worker // workers, len(written) * (worker + 1) // workers
+        first, last = share(len(written), worker, workers)
         _write_pages(stored, keys, values, positions, source, target, written, first, last)
 
 
-@compiled
+@part
 def _write_pages(
     stored: Any,
     keys: Side,
@@ -211,7 +228,7 @@ def _write_pages(
         written[page] = fine
 
 
-@compiled
+@part
 def _write(stored: Any, side: Side, states: Any, source: Source, target: Target, page: int, scratch: Scratch) -> bool:
     """Write keys or values. Where bounds are wanted they are left in scratch, as they decode."""
     if side.bits or len(target.bounds):
@@ -222,7 +239,7 @@ def _write(stored: Any, side: Side, states: Any, source: Source, target: Target,
     return True
 
 
-@compiled
+@part
 def _copy(stored: Any, side: Side, states: Any, source: Source, target: Target, page: int) -> None:
     """Write numbers as they are: keys channel by channel, values token by token."""
     row, tokens, channels = source.row[page], source.slots.shape[1], states.shape[2]
@@ -237,7 +254,7 @@ def _copy(stored: Any, side: Side, states: Any, source: Source, target: Target, 
                 target.halves[page, place] = states[row, slot, channel]
 
 
-@compiled
+@part
 def _gather(stored: Any, side: Side, states: Any, source: Source, page: int, numbers: Any) -> None:
     """Read a page's tokens into numbers float32 [entries, runs]."""
     row = source.row[page]
@@ -251,7 +268,7 @@ def _gather(stored: Any, side: Side, states: Any, source: Source, page: int, num
                 numbers[channel, token] = value
 
 
-@compiled
+@part
 def _encode(side: Side, target: Target, page: int, numbers: Any, codes: Any, lines: Any) -> bool:
     """Write codes, scales and zeros. False for what float16 does not reach."""
     for group in range(side.entries // side.group):
@@ -269,7 +286,7 @@ def _encode(side: Side, target: Target, page: int, numbers: Any, codes: Any, lin
     return True
 
 
-@compiled
+@part
 def _limits(side: Side, target: Target, page: int, group: int, numbers: Any, lines: Any) -> bool:
     """Write the scales and zeros of a group of each run, and leave them in lines [zero, divisor]."""
     first = group * side.group
@@ -295,7 +312,7 @@ def _limits(side: Side, target: Target, page: int, group: int, numbers: Any, lin
     return True
 
 
-@compiled
+@part
 def _pack(side: Side, target: Target, page: int, codes: Any) -> None:
     """Write the codes, 8 // bits to a byte, in one of the orders that `Affine` describes."""
     per, row = 8 // side.bits, side.entries * side.bits // 8
@@ -316,7 +333,7 @@ def _pack(side: Side, target: Target, page: int, codes: Any) -> None:
             target.bytes[page, side.codes + run * row + place] = byte
 
 
-@compiled
+@part
 def _bound(side: Side, target: Target, page: int, numbers: Any) -> None:
     """Write the bounds on a page's keys, numbers float32 [tokens, channels], as they decode."""
     for channel in range(side.runs):
