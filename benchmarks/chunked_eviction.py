@@ -129,12 +129,12 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=ROOT / "downstream_tasks" / "models" / "tiny_moe")
     parser.add_argument("--output", type=Path, help="a Markdown file; the terminal alone by default")
     parser.add_argument("--length", type=int, default=2048, help="characters of the prompt")
-    parser.add_argument("--follow", type=int, default=128, help="characters after it")
+    parser.add_argument("--follow", type=int, default=64, help="characters after it")
     parser.add_argument("--budget", type=int, default=1024, help="tokens that a layer and head may keep")
     parser.add_argument(
         "--chunks", type=int, nargs="*", default=[1024, 512, 256], help="sizes, beside the whole prompt"
     )
-    parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--batch", type=int, default=16)
     arguments = parser.parse_args()
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()

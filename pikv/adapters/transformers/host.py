@@ -70,9 +70,7 @@ class Host:
 
     def new_cache(self, *, pool: PagePool | None = None) -> HostCache:
         """An empty cache for one batch, to pass as `past_key_values`. pool: shared by several caches."""
-        return HostCache(
-            PiKVCache(self.model, self.runtime, pool=pool), latent_kv(self._hf_model.base_model.layers[0].self_attn)
-        )
+        return HostCache(PiKVCache(self.model, self.runtime, pool=pool), self._latent)
 
     def detach(self) -> None:
         """Give the model back as it was. Its caches can still be read, and no longer be used with it."""
