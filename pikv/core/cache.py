@@ -117,14 +117,13 @@ class PiKVCache:
         return output
 
     def _answer(self, layer: LayerCache, q: Tensor) -> Tensor:
-        grouped = q.unflatten(1, (layer.config.kv_heads, layer.config.group))
+        grouped = q.reshape(q.shape[0], layer.config.kv_heads, layer.config.group, *q.shape[2:])
         served, selector = self._served[layer.layer_id], self.runtime.token_selector
         stored = reading.attend(layer, served, grouped, layer.asked_from(), self.runtime.page_selector)
         partial = reading.with_sinks(layer, places.merged(self.runtime, stored))
         output = partial.output.flatten(1, 2).to(q.dtype)
-        padding = layer.queried == PADDING
-        if bool(padding.any()):
-            output = output.masked_fill(padding[:, None, :, None].to(output.device), 0)
+        if layer.padded:
+            output = output.masked_fill((layer.queried == PADDING)[:, None, :, None].to(output.device), 0)
         layer.ask(q, selector.window if isinstance(selector, QueryTokenSelector) else None)
         return output
 
@@ -191,11 +190,13 @@ class PiKVCache:
         return [decision for decision in decided if decision is not None]
 
     def _carry_out(self, decisions: list[settling.Decision]) -> None:
+        if not decisions:
+            return
         with self.pool.locked():
             settling.make_room(decisions, self.runtime.when_full)
             for decision in decisions:
                 settling.carry_out(decision, self._served[decision.layer.layer_id].seal)
-        of_prompt = decisions and decisions[-1].layer.queried.shape[1] > 1
+        of_prompt = decisions[-1].layer.queried.shape[1] > 1
         if of_prompt and self._budget is not None and decisions[-1].layer.layer_id == len(self.model.layers) - 1:
             trim()  # once for each chunk, when it has gone through all layers
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -46,13 +48,19 @@ def new_tokens(model: ModelConfig, layer_id: int, keys: Tensor, values: Tensor) 
         raise InputError("k must have at least one sequence, got a batch of 0")
     if model.device.type == "cpu":  # elsewhere the check would stop the device
         for name, states in (("k", keys), ("v", values)):
-            if not bool(states.isfinite().all()):
-                where = torch.nonzero(~states.isfinite())[0].tolist()
-                raise InputError(
-                    f"{name} must be finite, got {states[tuple(where)].item()} at [batch, kv_head, token, channel] = "
-                    f"{where} of layer {layer_id}; look for an overflow in the layers before"
-                )
+            # A sum is finite only if all its terms are, and quicker to look at; it may overflow by itself.
+            if not math.isfinite(states.sum()):
+                _finite(name, states, layer_id)
     return keys, values
+
+
+def _finite(name: str, states: Tensor, layer_id: int) -> None:
+    if not bool(states.isfinite().all()):
+        where = torch.nonzero(~states.isfinite())[0].tolist()
+        raise InputError(
+            f"{name} must be finite, got {states[tuple(where)].item()} at [batch, kv_head, token, channel] = "
+            f"{where} of layer {layer_id}; look for an overflow in the layers before"
+        )
 
 
 def positions(token_id: int | Tensor, batch: int, tokens: int) -> Tensor:
@@ -83,6 +91,8 @@ def positions(token_id: int | Tensor, batch: int, tokens: int) -> Tensor:
 
 def increasing(held: LayerCache, placed: Tensor) -> None:
     """Raise if a position is not newer than all before it in its sequence."""
+    if placed.shape[1] == 1 and bool((placed[:, 0] > held.last).all()):
+        return  # a decoded token, in two operations
     before = torch.cat([held.last[:, None], placed], dim=1).cummax(dim=1).values[:, :-1]
     back = (placed >= 0) & (placed <= before)
     if bool(back.any()):

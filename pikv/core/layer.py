@@ -28,10 +28,10 @@ class LayerCache:
 
     first, last: int64 [sequences], the oldest and newest position that a sequence has seen, NEVER before any. seen:
     int64 [sequences], the tokens offered to this place. forgotten: int64 [sequences], the newest position that the
-    window left out. queried: int64 [sequences, tokens], the positions of the last update, below 0 for padding.
-    settled: whether that update has been evicted from, and sealed. asked: whether it has been attended from; answer:
-    what attention gave, until the layer is settled. newest_queries: the queries that the token selector looks at, if
-    it does.
+    window left out. queried: int64 [sequences, tokens], the positions of the last update, below 0 for padding; padded:
+    whether it had any. settled: whether that update has been evicted from, and sealed. asked: whether it has been
+    attended from; answer: what attention gave, until the layer is settled. newest_queries: the queries that the token
+    selector looks at, if it does.
     """
 
     layer_id: int
@@ -45,6 +45,7 @@ class LayerCache:
     forgotten: Tensor
     queried: Tensor
     newest_queries: QueryWindow | None = None
+    padded: bool = False
     asked: bool = False
     answer: Tensor | None = None
     settled: bool = True
@@ -89,14 +90,24 @@ class LayerCache:
 
         positions: int64 [sequences, tokens], below 0 for padding; stored: the same, -1 also for other places' tokens.
         """
-        self.tail.append(keys, values, stored)
+        padded = bool((positions < 0).any())
+        if padded or stored is not positions or not positions.shape[1]:
+            self.tail.append(keys, values, stored)
+            self._count(positions, stored)
+        else:  # as most updates are, and all of most decoding
+            self.tail.append_all(keys, values, positions)
+            self.first = torch.where(self.first < 0, positions[:, 0], self.first)
+            self.last = positions[:, -1]
+            self.seen = self.seen + positions.shape[1]
+        self.queried, self.padded, self.asked, self.answer, self.settled = positions, padded, False, None, False
+
+    def _count(self, positions: Tensor, stored: Tensor) -> None:
         offered = F.pad(positions, (0, 1), value=NEVER)  # an update may bring no tokens
         oldest = offered.masked_fill(offered < 0, torch.iinfo(torch.int64).max).amin(-1)
         newest = offered.amax(-1)
         self.first = torch.where((self.first == NEVER) & (newest >= 0), oldest, self.first)
         self.last = torch.maximum(self.last, newest)
         self.seen = self.seen + (stored >= 0).sum(-1)
-        self.queried, self.asked, self.answer, self.settled = positions, False, None, False
 
     def ask(self, queries: Tensor, window: int | None) -> None:
         """Note that the last update's queries [sequences, query_heads, tokens, key_dim] attend, once for each update.
@@ -110,7 +121,7 @@ class LayerCache:
 
     def asked_from(self) -> Tensor:
         """Where the last update's queries stand, padding that stands somewhere included: int64 [sequences, tokens]."""
-        return torch.where(self.queried < PADDING, -2 - self.queried, self.queried)
+        return torch.where(self.queried < PADDING, -2 - self.queried, self.queried) if self.padded else self.queried
 
     def unseen_from_now_on(self) -> Tensor | None:
         """The newest position that neither the last query nor a later one sees, int64 [sequences]; None if all do."""

@@ -21,7 +21,12 @@ def keeps_numbers(operation: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(operation)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        with torch.inference_mode(False), torch.no_grad():
-            return operation(*args, **kwargs)
+        if torch.is_inference_mode_enabled():
+            with torch.inference_mode(False), torch.no_grad():
+                return operation(*args, **kwargs)
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                return operation(*args, **kwargs)
+        return operation(*args, **kwargs)  # a mode takes microseconds to enter, and operations call one another
 
     return run

@@ -54,7 +54,7 @@ def decide(
     slides a page at a time.
     """
     over = budget_tokens is not None and bool((layer.occupied() > budget_tokens).any())
-    seals = tail_tokens is not None and bool((layer.tail.lengths >= tail_tokens + layer.page_size).any())
+    seals = tail_tokens is not None and layer.tail.width >= tail_tokens + layer.page_size
     bound = layer.unseen_from_now_on()
     slides = bound is not None and bool((bound >= layer.forgotten + layer.page_size).any())
     if not over and not seals and not slides:

@@ -31,12 +31,21 @@ class PageTable:
 
     ids: int32 [sequences, kv_heads, capacity], ABSENT past a row's count. live: int64 of the same shape, one bit a
     slot. newest: int64 of the same shape, the position of the page's last token. counts: int64 [sequences, kv_heads].
+    width: the pages of the longest row, kept since a decode step asks for it often.
     """
 
     ids: Tensor
     live: Tensor
     newest: Tensor
     counts: Tensor
+    width: int = attrs.field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self._set_counts(self.counts)
+
+    def _set_counts(self, counts: Tensor) -> None:
+        self.counts = counts
+        self.width = int(counts.max()) if counts.numel() else 0
 
     @classmethod
     def empty(cls, sequences: int, kv_heads: int) -> PageTable:
@@ -47,11 +56,6 @@ class PageTable:
             torch.empty(sequences, kv_heads, 0, dtype=torch.int64),
             torch.zeros(sequences, kv_heads, dtype=torch.int64),
         )
-
-    @property
-    def width(self) -> int:
-        """The pages of the longest row."""
-        return int(self.counts.max()) if self.counts.numel() else 0
 
     @property
     def nbytes(self) -> int:
@@ -73,7 +77,7 @@ class PageTable:
         self.ids[sequence, head, place] = ids
         self.live[sequence, head, place] = live
         self.newest[sequence, head, place] = newest
-        self.counts = self.counts + counts
+        self._set_counts(self.counts + counts)
 
     def keep(self, kept: Tensor) -> Tensor:
         """Keep the pages marked in kept, bool [sequences, kv_heads, width]; returns the ids of those that left."""
@@ -82,7 +86,7 @@ class PageTable:
         left = self.ids[..., :width][~kept & present]
         kept = kept & present
         order = kept.logical_not().int().sort(dim=-1, stable=True).indices
-        self.counts = kept.sum(-1)
+        self._set_counts(kept.sum(-1))
         beyond = (torch.arange(width) >= self.counts[..., None])[..., : self.width]
         for name, fill in _FILLS.items():
             ordered = getattr(self, name).gather(-1, order[..., : self.width])

@@ -61,15 +61,16 @@ class Tail:
         A token whose position is negative is padding and is left out.
         """
         stored = positions >= 0
-        if self.even and bool(stored.all()):
-            self._append_evenly(keys, values, positions)
-            return
         lengths = self.lengths + stored.sum(-1)[:, None]
         self.reserve(int(lengths.max()))
         self._scatter(keys, values, positions, stored)
         self._set_lengths(lengths)
 
-    def _append_evenly(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
+    def append_all(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
+        """The same for tokens of which none is padding."""
+        if not self.even:
+            self.append(keys, values, positions)
+            return
         start, count = self.width, keys.shape[2]
         self.reserve(start + count)
         self.keys.narrow(2, start, count).copy_(keys)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import threading
@@ -9,11 +10,11 @@ import time
 from typing import Any, final
 
 import attrs
-import numba
 import torch
 from numba import types
 from torch import Tensor
 
+from pikv.adapters.numba_cpu import threads
 from pikv.adapters.numba_cpu.attend import attend_alone, attend_together
 from pikv.adapters.numba_cpu.query import KINDS
 from pikv.adapters.numba_cpu.shape import NUMBERS, Call, Shape
@@ -35,7 +36,7 @@ _NO_PAGES = Pages(
     run=None,
 )
 _log = logging.getLogger(__name__)
-_one_at_a_time = threading.Lock()
+_NOTHING = contextlib.nullcontext()
 
 
 class _Memory(threading.local):
@@ -62,6 +63,9 @@ class NumbaAttend(StepKernel):
     codec: PageCodec
     shape: Shape
     _compiled: dict[bool, Any] = attrs.field(factory=dict, init=False)
+
+    def __attrs_post_init__(self) -> None:
+        threads.start()
 
     def __call__(
         self, query: Tensor, pages: Pages, *, oldest: Tensor | None = None, page_lse: Tensor | None = None
@@ -97,7 +101,7 @@ class NumbaAttend(StepKernel):
         # Parts by lengths alone: what comes out must not depend on the number of threads.
         page_splits = min(MOST_SPLITS, -(-width // SPLIT_PAGES))
         tail_splits = 0 if tail is None else min(MOST_SPLITS, -(-tail.width // SPLIT_TOKENS))
-        workers = min(torch.get_num_threads(), numba.get_num_threads())
+        workers = threads.workers()
         padded = -(-queries // shape.rows) * shape.rows
         states = sequences * kv_heads * (page_splits + tail_splits) * padded * shape.state_bytes
         memory = _memory.address(states + workers * (padded * shape.query_bytes + shape.block_bytes))
@@ -135,10 +139,7 @@ class NumbaAttend(StepKernel):
         if together not in self._compiled:
             self._compiled[together] = self._compile(attend_together if together else attend_alone)
         scale = self.codec.layer.scale / math.log(2.0)
-        if together and numba.threading_layer() == "workqueue":  # which several Python threads must not share
-            with _one_at_a_time:
-                self._compiled[together](self.shape, call, scale)
-        else:
+        with threads.exclusive() if together else _NOTHING:
             self._compiled[together](self.shape, call, scale)
 
     def _compile(self, function: Any) -> Any:
