@@ -45,25 +45,25 @@ class Budget:
             sinks=runtime.token_selector.sinks,
         )
 
-    def tokens(self, layer_id: int, needs: Tensor) -> Tensor:
+    def tokens(self, layer_id: int, needs: list[int]) -> Tensor:
         """The tokens that each row of a layer may keep: int64 [sequences, kv_heads].
 
-        needs: int64 [sequences], the tokens that a row could take room for. What it leaves goes to the others, where
-        the allocator says. Shared out anew only when a sequence has come to
-        need another page, and never once none is short of what it could get.
+        needs: of each sequence, the tokens that a row could take room for. What it leaves goes to the others, where the
+        allocator says. Shared out anew only when a sequence has come to need another page, and never once none is
+        short of what it could get.
         """
         in_tail = self.tail_tokens + (self.budget_tokens - self.tail_tokens) % self.page_size
         heads = [layer.kv_heads for layer in self.model.layers]
         total = (self.budget_tokens - in_tail) // self.page_size * sum(heads)
-        needed = (-(-(needs - in_tail).clamp(min=0) // self.page_size)).clamp(max=total)
-        if needed.tolist() != self._shared_for:
-            request = self._request(needed, total, in_tail)
+        needed = [min(total, -(-max(0, need - in_tail) // self.page_size)) for need in needs]
+        if needed != self._shared_for:
+            request = self._request(torch.tensor(needed), total, in_tail)
             pages = self.allocator.layers(request)
             split = [self.allocator.heads(request, layer, pages[:, layer], None) for layer in range(len(heads))]
             self._shares = [
                 share[:, :count] * self.page_size + in_tail for share, count in zip(split, heads, strict=True)
             ]
-            self._shared_for = needed.tolist()
+            self._shared_for = needed
         return self._shares[layer_id]
 
     def _request(self, needed: Tensor, total: int, in_tail: int) -> AllocationRequest:

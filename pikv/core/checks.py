@@ -23,16 +23,23 @@ def layer(model: ModelConfig, layer_id: int) -> LayerConfig:
 
 def tensor(model: ModelConfig, name: str, states: Tensor, shape: tuple[int | None, ...], meaning: str) -> None:
     """Raise unless the tensor has the shape (None: any size), and the model's dtype and device."""
-    fits = states.dim() == len(shape) and all(
-        want in (None, got) for want, got in zip(shape, states.shape, strict=True)
-    )
-    if not fits:
+    if not _fits(states.shape, shape):
         wanted = ", ".join("any" if size is None else str(size) for size in shape)
         raise InputError(f"{name} must be [{meaning}] = [{wanted}], got {list(states.shape)}")
     if states.dtype != model.dtype:
         raise InputError(f"{name} must be {model.dtype} like the model, got {states.dtype}; convert it or the model")
     if states.device != model.device:
         raise InputError(f"{name} must be on {model.device} like the model, got {states.device}; move it")
+
+
+def _fits(shape: torch.Size, wanted: tuple[int | None, ...]) -> bool:
+    if len(shape) != len(wanted):
+        return False
+    # A loop, for what is called several times a token: a generator takes longer to make than to run here.
+    for got, want in zip(shape, wanted, strict=True):  # noqa: SIM110
+        if want is not None and got != want:
+            return False
+    return True
 
 
 def new_tokens(model: ModelConfig, layer_id: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -91,8 +98,8 @@ def positions(token_id: int | Tensor, batch: int, tokens: int) -> Tensor:
 
 def increasing(held: LayerCache, placed: Tensor) -> None:
     """Raise if a position is not newer than all before it in its sequence."""
-    if placed.shape[1] == 1 and bool((placed[:, 0] > held.last).all()):
-        return  # a decoded token, in two operations
+    if placed.shape[1] == 1 and all(new > old for (new,), old in zip(placed.tolist(), held.last.tolist(), strict=True)):
+        return  # a decoded token: numbers are compared sooner than tensors are made
     before = torch.cat([held.last[:, None], placed], dim=1).cummax(dim=1).values[:, :-1]
     back = (placed >= 0) & (placed <= before)
     if bool(back.any()):

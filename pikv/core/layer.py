@@ -90,13 +90,14 @@ class LayerCache:
 
         positions: int64 [sequences, tokens], below 0 for padding; stored: the same, -1 also for other places' tokens.
         """
-        padded = bool((positions < 0).any())
+        padded = _padded(positions)
         if padded or stored is not positions or not positions.shape[1]:
             self.tail.append(keys, values, stored)
             self._count(positions, stored)
         else:  # as most updates are, and all of most decoding
             self.tail.append_all(keys, values, positions)
-            self.first = torch.where(self.first < 0, positions[:, 0], self.first)
+            if NEVER in self.first.tolist():
+                self.first = torch.where(self.first == NEVER, positions[:, 0], self.first)
             self.last = positions[:, -1]
             self.seen = self.seen + positions.shape[1]
         self.queried, self.padded, self.asked, self.answer, self.settled = positions, padded, False, None, False
@@ -191,9 +192,9 @@ class LayerCache:
         """The tokens that each row takes room for, int64 [sequences, kv_heads]: a page counts whole."""
         return self.table.counts * self.page_size + self.tail.lengths
 
-    def needs(self) -> Tensor:
-        """The tokens that a sequence has seen, or takes room for if that is more: int64 [sequences]."""
-        return torch.maximum(self.seen, self.occupied().amax(-1))
+    def needs(self) -> list[int]:
+        """The tokens that each sequence has seen, or takes room for if that is more."""
+        return [max(seen, *rows) for seen, rows in zip(self.seen.tolist(), self.occupied().tolist(), strict=True)]
 
     def slots(self) -> Tensor:
         """The position in every slot, int32 [sequences, kv_heads, slots]: the pages', then the tail's; or EMPTY."""
@@ -282,6 +283,12 @@ class LayerCache:
     def release(self) -> None:
         """Let go of all pages."""
         self.pool.release(self.codec.form, self.table.held())
+
+
+def _padded(positions: Tensor) -> bool:
+    if positions.shape[1] == 1:  # a decoded token: a list is searched sooner than two tensors are made
+        return [NEVER] in positions.tolist()
+    return bool((positions < 0).any())
 
 
 _BY_SEQUENCE = {"first", "last", "seen", "forgotten", "queried"}
