@@ -3,7 +3,7 @@
 An entry is `code * scale + zero`. For keys the scales of a group of tokens are folded into the query, and for values
 those of a group of channels into the weights: what is left is a sum of folded numbers times codes, and what the zeros
 add, which is the same for all of a group. So both sides do the same, in a page's words of codes (`Affine`, order
-"words"): `fold` once a group, then `code_sums`, of which there is one for floats and one for bytes.
+"words"): `fold` once a group, then `add_codes`, of which there is one for floats and one for bytes.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def score_affine(keys: Any, shape: Any, page: int, ahead: int, query: int, score
     for group in range(keys.width // keys.group):
         fold(keys, page, ahead, group, query, shape.query_bytes, scratch)
         for first in range(group * keys.group, (group + 1) * keys.group, keys.sums.width):
-            sums = add(code_sums(keys, page, ahead, first, scratch), spread_rows(keys.sums, scratch))
+            sums = add_codes(keys, page, ahead, first, scratch, spread_rows(keys.sums, scratch))
             store_tile(keys.sums, scores + 4 * first, shape.score_bytes, sums)
 
 
@@ -59,9 +59,9 @@ def add_affine(values: Any, shape: Any, page: int, ahead: int, tokens: int, weig
     for group in range(values.width // values.group):
         fold(values, page, ahead, group, weights, shape.score_bytes, scratch)
         for first in range(group * values.group, (group + 1) * values.group, values.sums.width):
-            sums = add(code_sums(values, page, ahead, first, scratch), spread_rows(values.sums, scratch))
             before = load_tile(values.sums, states + 4 * first, shape.state_bytes)
-            store_tile(values.sums, states + 4 * first, shape.state_bytes, add(before, sums))
+            sums = add_codes(values, page, ahead, first, scratch, add(before, spread_rows(values.sums, scratch)))
+            store_tile(values.sums, states + 4 * first, shape.state_bytes, sums)
 
 
 @part
@@ -87,12 +87,12 @@ def fold(field: Any, page: int, ahead: int, group: int, numbers: int, stride: in
 
 
 def prepare(field: Any, scratch: int) -> None:
-    """Make what `fold` has written into what `code_sums` reads."""
+    """Make what `fold` has written into what `add_codes` reads."""
     raise NotImplementedError  # in compiled code only
 
 
-def code_sums(field: Any, page: int, ahead: int, first: int, scratch: int) -> Any:
-    """The sums of folded numbers times codes, in the columns from `first` on: a tile `field.sums`."""
+def add_codes(field: Any, page: int, ahead: int, first: int, scratch: int, sums: Any) -> Any:
+    """Add the folded numbers times codes in the columns from `first` on to a tile `field.sums`."""
     raise NotImplementedError  # in compiled code only
 
 
@@ -101,11 +101,10 @@ def leave_floats(field: Any, scratch: int) -> None:
     """The folded numbers are what is read."""
 
 
-@does(code_sums, AffineField)
-def float_sums(field: Any, page: int, ahead: int, first: int, scratch: int) -> Any:
-    """See code_sums; each code becomes a float."""
+@does(add_codes, AffineField)
+def add_floats(field: Any, page: int, ahead: int, first: int, scratch: int, sums: Any) -> Any:
+    """See add_codes; each code becomes a float."""
     tile = field.sums
-    sums = zeros(tile)
     for word in range(field.count // field.codes_a_word):
         offset = field.codes + 4 * (word * field.width + first)
         fetch(page + offset, ahead + offset, 4 * tile.width)

@@ -14,7 +14,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from pikv.adapters.numba_cpu.affine import FOLDED, TOPS, code_sums, prepare
+from pikv.adapters.numba_cpu.affine import FOLDED, TOPS, add_codes, prepare
 from pikv.adapters.numba_cpu.dense import fetch
 from pikv.adapters.numba_cpu.pages import does
 from pikv.adapters.numba_cpu.shape import DotField
@@ -25,8 +25,8 @@ from pikv.adapters.numba_cpu.simd import (
     both_bits,
     call,
     float_at,
+    fma,
     lower_load,
-    multiply,
     put_float,
     shift_right,
     splat,
@@ -110,20 +110,15 @@ def put_digits(typing: Any, tile: Any, numbers: Any, factor: Any, higher: Any, l
 
     The higher digit is the nearest, so the lower one is from -64 to 63.
     """
-    lanes, count, half = tile.value.lanes, tile.value.width, ir.IntType(16)
+    lanes, columns = tile.value.lanes, tile.value.columns
 
     def lowered(context: Any, builder: Any, signature: Any, values: Any) -> Any:
         parts = []
-        for column in range(tile.value.columns):
+        for column in range(columns):
             place = builder.add(values[1], ir.IntType(64)(4 * lanes * column))
-            scaled = builder.fmul(lower_load(builder, place, "f32", lanes), values[2])
-            parts.append(builder.trunc(_nearest_int(builder, scaled), ir.VectorType(half, lanes)))
-        wide = _joined(builder, parts)
-        seven = spread(builder, half(7), count)
-        top = builder.ashr(builder.add(wide, spread(builder, half(64), count)), seven)
-        for digit, address in ((top, values[3]), (builder.sub(wide, builder.shl(top, seven)), values[4])):
-            octets = builder.trunc(digit, ir.VectorType(ir.IntType(8), count))
-            builder.store(octets, at(builder, address, octets.type), align=1)
+            parts.append(_nearest_int(builder, builder.fmul(lower_load(builder, place, "f32", lanes), values[2])))
+        for digits, address in zip((_four if columns == 4 else _few)(builder, parts), values[3:], strict=True):
+            builder.store(digits, at(builder, address, digits.type), align=1)
         return context.get_dummy_value()
 
     return types.void(tile, types.int64, factor, types.int64, types.int64), lowered
@@ -135,13 +130,29 @@ def _nearest_int(builder: Any, numbers: Any) -> Any:
     return call(builder, "llvm.x86.avx512.mask.cvtps2dq.512", whole, everything)
 
 
-def _joined(builder: Any, vectors: list[Any]) -> Any:
-    """One vector of all lanes."""
-    while len(vectors) > 1:
-        lanes = vectors[0].type.count
-        order = ir.Constant(ir.VectorType(INT, 2 * lanes), list(range(2 * lanes)))
-        vectors = [builder.shuffle_vector(a, b, order) for a, b in zip(vectors[::2], vectors[1::2], strict=True)]
-    return vectors[0]
+def _few(builder: Any, parts: list[Any]) -> tuple[Any, Any]:
+    """The digits of one or two vectors of int32."""
+    count = len(parts) * parts[0].type.count
+    order = ir.Constant(ir.VectorType(INT, count), list(range(count)))
+    whole = builder.shuffle_vector(parts[0], parts[-1], order)
+    seven = spread(builder, INT(7), count)
+    higher = builder.ashr(builder.add(whole, spread(builder, INT(64), count)), seven)
+    octets = ir.VectorType(ir.IntType(8), count)
+    return builder.trunc(higher, octets), builder.trunc(builder.sub(whole, builder.shl(higher, seven)), octets)
+
+
+def _four(builder: Any, parts: list[Any]) -> tuple[Any, Any]:
+    """The digits of four vectors of int32: packed by instructions that keep quarters of vectors apart, then ordered."""
+    halves, octets = ir.VectorType(ir.IntType(16), 32), ir.VectorType(ir.IntType(8), 64)
+    pairs = [call(builder, "llvm.x86.avx512.packssdw.512", halves, parts[i : i + 2]) for i in (0, 2)]
+    rounding, seven = (spread(builder, ir.IntType(16)(number), 32) for number in (256, 7))
+    higher = [call(builder, "llvm.x86.avx512.pmul.hr.sw.512", halves, [pair, rounding]) for pair in pairs]
+    lower = [builder.sub(*both) for both in zip(pairs, (builder.shl(top, seven) for top in higher), strict=True)]
+    packed = [call(builder, "llvm.x86.avx512.packsswb.512", octets, digits) for digits in (higher, lower)]
+    order = ir.Constant(ir.VectorType(INT, 16), [place % 4 * 4 + place // 4 for place in range(16)])
+    words = [builder.bitcast(digits, ir.VectorType(INT, 16)) for digits in packed]
+    ordered = [builder.shuffle_vector(word, word, order) for word in words]
+    return ordered[0], ordered[1]
 
 
 @does(prepare, DotField)
@@ -157,9 +168,9 @@ def make_digits(field: Any, scratch: int) -> None:
             put_digits(tile, numbers + 4 * entry, factor, digits + entry, digits + rows * count + entry)
 
 
-@does(code_sums, DotField)
-def byte_sums(field: Any, page: int, ahead: int, first: int, scratch: int) -> Any:
-    """See code_sums; four codes and digits are multiplied at once."""
+@does(add_codes, DotField)
+def add_bytes(field: Any, page: int, ahead: int, first: int, scratch: int, sums: Any) -> Any:
+    """See add_codes; four codes and digits are multiplied at once."""
     tile, digits = field.sums, scratch + FOLDED + 4 * field.rows * field.count
     dots = no_dots(tile)
     for word in range(field.count // field.codes_a_word):
@@ -169,4 +180,4 @@ def byte_sums(field: Any, page: int, ahead: int, first: int, scratch: int) -> An
         for part in range(field.parts):
             codes = both_bits(shift_right(words, part * field.bits), splat_int(tile, field.byte_mask))
             dots = add_dots(tile, dots, digits + 4 * (word * field.parts + part), field.count, codes)
-    return multiply(digits_as_float(tile, dots), spread_rows(tile, scratch + TOPS))
+    return fma(digits_as_float(tile, dots), spread_rows(tile, scratch + TOPS), sums)

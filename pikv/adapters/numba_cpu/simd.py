@@ -143,7 +143,8 @@ def _named(name: str) -> Callable[..., Any]:
     return lambda builder, a: call(builder, f"llvm.{name}.v{a.type.count}f32", a.type, [a])
 
 
-def _greatest(builder: Any, a: Any, b: Any) -> Any:
+def lower_greatest(builder: Any, a: Any, b: Any) -> Any:
+    """The greater of a and b in each lane, a where a is not a number."""
     return builder.select(builder.fcmp_ordered("<", a, b), b, a)
 
 
@@ -193,7 +194,7 @@ add = elementwise(2, lambda builder, a, b: builder.fadd(a, b))
 subtract = elementwise(2, lambda builder, a, b: builder.fsub(a, b))
 multiply = elementwise(2, lambda builder, a, b: builder.fmul(a, b))
 fma = elementwise(3, lower_fma)  # a * b + c, rounded once
-greatest = elementwise(2, _greatest)  # a where a is not a number, so that it is not lost
+greatest = elementwise(2, lower_greatest)  # a where a is not a number, so that it is not lost
 nearest = elementwise(1, _named("rint"))  # to even where two are
 magnitude = elementwise(1, _named("fabs"))
 to_int = elementwise(1, lambda builder, a: builder.fptosi(a, ir.VectorType(INT, a.type.count)), "i32")

@@ -13,7 +13,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from pikv.adapters.numba_cpu.simd import FLOAT, Vector, at, lower_fma, lower_highest, lower_load, lower_total, spread
+from pikv.adapters.numba_cpu.simd import FLOAT, INT, Vector, at, lower_fma, lower_greatest, lower_load, spread
 from pikv.adapters.numba_cpu.static import static
 
 
@@ -157,12 +157,18 @@ def spread_rows(typing: Any, tile: Any, address: Any) -> Any:
     return result(tile, types.int64), lower
 
 
-def _reducing(reduce: Callable[..., Any]) -> Any:
+def _reducing(lower_two: Callable[..., Any]) -> Any:
     @intrinsic
     def put(typing: Any, tile: Any, address: Any, stride: Any, vectors: Any) -> Any:
+        rows = tile.value.rows
+
         def lower(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-            for row, place in enumerate(_places(builder, tile.value, values[1], values[2])):
-                builder.store(reduce(builder, builder.extract_value(values[3], row)), at(builder, place, FLOAT))
+            places = _places(builder, tile.value, values[1], values[2])
+            for first in range(0, rows, 4):
+                four = [builder.extract_value(values[3], min(first + i, rows - 1)) for i in range(4)]
+                reduced = _reduce_four(builder, lower_two, four)
+                for i, place in enumerate(places[first : first + 4]):
+                    builder.store(builder.extract_element(reduced, INT(i)), at(builder, place, FLOAT))
             return context.get_dummy_value()
 
         return types.void(tile, types.int64, types.int64, vectors), lower
@@ -170,6 +176,26 @@ def _reducing(reduce: Callable[..., Any]) -> Any:
     return put
 
 
+def _reduce_four(builder: Any, lower_two: Callable[..., Any], vectors: list[Any]) -> Any:
+    """Reduce four vectors to four numbers together: a third of the instructions that one after another would take."""
+
+    def shuffled(a: Any, b: Any, order: list[int]) -> Any:
+        return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(INT, len(order)), order))
+
+    def halved(a: Any, b: Any, size: int) -> Any:
+        """In each four lanes the lower half of a and b, `size` at a time in turn, reduced with the upper half."""
+        lanes = a.type.count
+        low = [four + i + s * lanes for four in range(0, lanes, 4) for i in range(0, 2, size) for s in (0, 1)]
+        order = [lane + step for lane in low for step in range(size)]
+        return lower_two(builder, shuffled(a, b, order), shuffled(a, b, [lane + 2 for lane in order]))
+
+    result = halved(halved(*vectors[:2], 1), halved(*vectors[2:], 1), 2)
+    while (lanes := result.type.count) > 4:
+        lower, upper = (shuffled(result, result, list(range(i, i + lanes // 2))) for i in (0, lanes // 2))
+        result = lower_two(builder, lower, upper)
+    return result
+
+
 # For tiles of one column: write a number for each row, float32, `stride` bytes apart from an address on.
-put_totals = _reducing(lower_total)
-put_highest = _reducing(lower_highest)
+put_totals = _reducing(lambda builder, a, b: builder.fadd(a, b))
+put_highest = _reducing(lower_greatest)
