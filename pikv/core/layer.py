@@ -287,7 +287,7 @@ class LayerCache:
 
 def _padded(positions: Tensor) -> bool:
     if positions.shape[1] == 1:  # a decoded token: a list is searched sooner than two tensors are made
-        return [NEVER] in positions.tolist()
+        return any(position < 0 for (position,) in positions.tolist())
     return bool((positions < 0).any())
 
 
