@@ -23,6 +23,7 @@ import torch
 
 import pikv
 from pikv.adapters.numba_cpu.kernel import NumbaAttend
+from pikv.adapters.numba_cpu.launch import Launch
 from pikv.core import cache as pipeline
 from pikv.core import checks, reading
 from pikv.core.layer import LayerCache
@@ -36,8 +37,8 @@ PARTS = {
     "attend: checks": [(checks, "tensor")],
     "attend: settle": [(pipeline.PiKVCache, "_settle")],
     "attend: pages and shapes": [(reading, "attend")],
-    "attend: launch": [(NumbaAttend, "_launch")],
-    "attend: kernel": [(NumbaAttend, "_run")],
+    "attend: launch": [(NumbaAttend, "_attend")],
+    "attend: kernel": [(Launch, "__call__")],
 }
 
 

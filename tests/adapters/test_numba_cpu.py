@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from unittest.mock import patch
 
 import attrs
 import numba
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 
 import pikv
 from pikv.adapters.compressors import Exact, Int2, Int4, Int8
-from pikv.adapters.numba_cpu import NumbaCpu
+from pikv.adapters.numba_cpu import NumbaCpu, kernel
 from pikv.core.ports import Backend, PageCodec, Pages
 from pikv.core.tables import all_live
 from pikv.core.torch_backend import TorchBackend
@@ -152,7 +153,8 @@ def largest_key(each, pages):
 @pytest.fixture
 def threads():
     before = torch.get_num_threads()
-    yield torch.set_num_threads
+    with patch.object(kernel, "BYTES_A_WORKER", 1):  # so that little work is shared out too
+        yield torch.set_num_threads
     torch.set_num_threads(before)
 
 
@@ -161,11 +163,11 @@ def test_results_do_not_depend_on_threads(threads):
     """One thread and two give the same bits, of pages and tail together."""
     each = DENSE[0]
     pages, tail = some_pages(each, seed=1), some_tail(each, torch.tensor([[3, 3], [70, 4]]))
-    query, kernel = torch.randn(2, 2, each.layer.group, each.layer.key_dim), NumbaCpu().attend(each, CPU)
+    query, attend = torch.randn(2, 2, each.layer.group, each.layer.key_dim), NumbaCpu().attend(each, CPU)
     answers = []
     for count in (1, 2):
         threads(count)
-        answers.append(kernel.step(query, pages, tail))
+        answers.append(attend.step(query, pages, tail))
     assert torch.equal(answers[0].output, answers[1].output)
     assert torch.equal(answers[0].log_sum_exp, answers[1].log_sum_exp)
 
@@ -175,12 +177,12 @@ def test_several_python_threads_may_attend_at_once(threads):
     """Each gets what it asked for, though kernels and their threads are shared."""
     threads(2)
     each = DENSE[0]
-    kernel, pages = NumbaCpu().attend(each, CPU), some_pages(each, seed=1)
+    attend, pages = NumbaCpu().attend(each, CPU), some_pages(each, seed=1)
     queries = [torch.randn(2, 2, 3, each.layer.key_dim) for _ in range(8)]
-    alone = [kernel(query, pages).output for query in queries]
+    alone = [attend(query, pages).output for query in queries]
     with ThreadPoolExecutor(4) as pool:
         for _ in range(20):
-            together = list(pool.map(lambda query: kernel(query, pages).output, queries))
+            together = list(pool.map(lambda query: attend(query, pages).output, queries))
             assert all(torch.equal(*pair) for pair in zip(alone, together, strict=True))
 
 

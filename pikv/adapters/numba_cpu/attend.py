@@ -22,22 +22,21 @@ from pikv.adapters.numba_cpu.tail import attend_tail
 
 
 @numba.njit(cache=True, **COMPILED)
-def attend_alone(shape: Any, call: Call, scale: float) -> None:
+def attend_alone(shape: Any, call: Call, scale: float, workers: int) -> None:
     """Do what `call` says, by one worker. scale: of the scores, in units of log 2."""
-    _attend_jobs(shape, call, scale, 0)
-    _merge_rows(shape, call, 0)
+    _attend_jobs(shape, call, scale, 0, 1)
+    _merge_rows(shape, call, 0, 1)
 
 
 @numba.njit(parallel=True, cache=True, **COMPILED)
-def attend_together(shape: Any, call: Call, scale: float) -> None:
+def attend_together(shape: Any, call: Call, scale: float, workers: int) -> None:
     """The same by several workers, each in a thread of numba's."""
-    workers = call.workers
     for phase in range(2):
         for worker in numba.prange(workers):
             if phase == 0:
-                _attend_jobs(shape, call, scale, worker)
+                _attend_jobs(shape, call, scale, worker, workers)
             else:
-                _merge_rows(shape, call, worker)
+                _merge_rows(shape, call, worker, workers)
 
 
 @inlined
@@ -47,10 +46,10 @@ def share(count: int, worker: int, workers: int) -> Any:
 
 
 @part
-def _attend_jobs(shape: Any, call: Call, scale: float, worker: int) -> None:
+def _attend_jobs(shape: Any, call: Call, scale: float, worker: int, workers: int) -> None:
     splits = call.page_splits + call.tail_splits
     scratch = call.scratch + worker * (call.padded * shape.query_bytes + shape.block_bytes)
-    first, last = share(call.table_rows * splits, worker, call.workers)
+    first, last = share(call.table_rows * splits, worker, workers)
     for job in range(first, last):
         row, split = job // splits, job % splits
         states = call.states + job * call.padded * shape.state_bytes
@@ -115,9 +114,9 @@ def _page_lse_at(call: Call, row: int, query: int, place: int) -> int:
 
 
 @part
-def _merge_rows(shape: Any, call: Call, worker: int) -> None:
+def _merge_rows(shape: Any, call: Call, worker: int, workers: int) -> None:
     splits, between = call.page_splits + call.tail_splits, call.padded * shape.state_bytes
-    first, last = share(call.table_rows * call.queries, worker, call.workers)
+    first, last = share(call.table_rows * call.queries, worker, workers)
     for index in range(first, last):
         row, query = index // call.queries, index % call.queries
         states = call.states + row * splits * between + query * shape.state_bytes

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import math
 import threading
-import time
-from typing import Any, final
+from typing import final
 
 import attrs
 import torch
-from numba import types
 from torch import Tensor
 
-from pikv.adapters.numba_cpu import threads
 from pikv.adapters.numba_cpu.attend import attend_alone, attend_together
+from pikv.adapters.numba_cpu.launch import Launch, workers_for
 from pikv.adapters.numba_cpu.query import KINDS
 from pikv.adapters.numba_cpu.shape import NUMBERS, Call, Shape
-from pikv.adapters.numba_cpu.static import Static
 from pikv.core.attention import Partial
 from pikv.core.ports import PageCodec, Pages, StepKernel
 from pikv.core.tail import Tail
@@ -26,17 +21,15 @@ from pikv.core.tail import Tail
 # A row's pages are split into parts of SPLIT_PAGES or more, its tail into parts of SPLIT_TOKENS or more; at most into
 # MOST_SPLITS. More parts share out more evenly, and each has sums of its own to write and to merge.
 SPLIT_PAGES, SPLIT_TOKENS, MOST_SPLITS = 8, 512, 16
+BYTES_A_WORKER = 1 << 18  # read in about as long as it takes to wake another thread and to wait for it
 QUERIES_AT_ONCE = 64  # of a KV head: bounds the memory to work in
 
-_CALL = types.NamedUniTuple(types.int64, len(Call._fields), Call)
 _NO_PAGES = Pages(
     slab=torch.empty(0, 0, dtype=torch.uint8),
     rows=torch.empty(0, 0, 0, dtype=torch.int32),
     live=torch.empty(0, 0, 0, dtype=torch.int64),
     run=None,
 )
-_log = logging.getLogger(__name__)
-_NOTHING = contextlib.nullcontext()
 
 
 class _Memory(threading.local):
@@ -62,10 +55,7 @@ class NumbaAttend(StepKernel):
 
     codec: PageCodec
     shape: Shape
-    _compiled: dict[bool, Any] = attrs.field(factory=dict, init=False)
-
-    def __attrs_post_init__(self) -> None:
-        threads.start()
+    _launch: Launch = attrs.field(factory=lambda: Launch(alone=attend_alone, together=attend_together), init=False)
 
     def __call__(
         self, query: Tensor, pages: Pages, *, oldest: Tensor | None = None, page_lse: Tensor | None = None
@@ -76,7 +66,7 @@ class NumbaAttend(StepKernel):
             block = slice(start, start + QUERIES_AT_ONCE)
             bounds = None if oldest is None else oldest[:, block]
             wanted = None if page_lse is None else torch.empty_like(page_lse[:, :, block])
-            parts.append(self._launch(query[:, :, block], pages, None, bounds, wanted))
+            parts.append(self._attend(query[:, :, block], pages, None, bounds, wanted))
             if page_lse is not None and wanted is not None:
                 page_lse[:, :, block] = wanted
         if len(parts) == 1:
@@ -87,9 +77,9 @@ class NumbaAttend(StepKernel):
 
     def step(self, query: Tensor, pages: Pages | None, tail: Tail, *, oldest: Tensor | None = None) -> Partial:
         """See StepKernel."""
-        return self._launch(query, _NO_PAGES if pages is None else pages, tail, oldest, None)
+        return self._attend(query, _NO_PAGES if pages is None else pages, tail, oldest, None)
 
-    def _launch(
+    def _attend(
         self, query: Tensor, pages: Pages, tail: Tail | None, oldest: Tensor | None, page_lse: Tensor | None
     ) -> Partial:
         shape, (sequences, kv_heads, queries, _) = self.shape, query.shape
@@ -101,9 +91,11 @@ class NumbaAttend(StepKernel):
         # Parts by lengths alone: what comes out must not depend on the number of threads.
         page_splits = min(MOST_SPLITS, -(-width // SPLIT_PAGES))
         tail_splits = 0 if tail is None else min(MOST_SPLITS, -(-tail.width // SPLIT_TOKENS))
-        workers = threads.workers()
+        jobs = sequences * kv_heads * (page_splits + tail_splits)
+        nbytes = width * shape.stride + (0 if tail is None else tail.width * shape.tail_bytes)
+        workers = workers_for(min(jobs, 1 + sequences * kv_heads * nbytes // BYTES_A_WORKER))
         padded = -(-queries // shape.rows) * shape.rows
-        states = sequences * kv_heads * (page_splits + tail_splits) * padded * shape.state_bytes
+        states = jobs * padded * shape.state_bytes
         memory = _memory.address(states + workers * (padded * shape.query_bytes + shape.block_bytes))
         call = Call(
             slab=pages.slab.data_ptr(),
@@ -129,21 +121,6 @@ class NumbaAttend(StepKernel):
             tail_room=0 if tail is None else tail.keys.shape[2],
             page_splits=page_splits,
             tail_splits=tail_splits,
-            workers=workers,
         )
-        self._run(call)
+        self._launch(self.shape, call, self.codec.layer.scale / math.log(2.0), workers=workers)
         return Partial(output, lse)
-
-    def _run(self, call: Call) -> None:
-        together = call.workers > 1
-        if together not in self._compiled:
-            self._compiled[together] = self._compile(attend_together if together else attend_alone)
-        scale = self.codec.layer.scale / math.log(2.0)
-        with threads.exclusive() if together else _NOTHING:
-            self._compiled[together](self.shape, call, scale)
-
-    def _compile(self, function: Any) -> Any:
-        started = time.perf_counter()
-        compiled = function.compile((Static(self.shape), _CALL, types.float32))
-        _log.info("%s for %s: ready after %.1f s", function.__name__, self.shape, time.perf_counter() - started)
-        return compiled

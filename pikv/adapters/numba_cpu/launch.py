@@ -1,9 +1,11 @@
-"""Kernels that take arrays, as Python calls them."""
+"""Kernels as Python calls them: compiled at the first call, run by as many threads as torch and numba both allow."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
+import threading
 import time
 from typing import Any, final
 
@@ -11,8 +13,8 @@ import attrs
 import numba
 import torch
 
-from pikv.adapters.numba_cpu.kernel import _one_at_a_time
-
+_one_at_a_time = threading.Lock()
+_NOTHING = contextlib.nullcontext()
 _log = logging.getLogger(__name__)
 
 
@@ -35,8 +37,7 @@ class Launch:
         together = workers > 1
         if together not in self._compiled:
             self._compiled[together] = self._compile(*arguments, workers)
-        shared = together and numba.threading_layer() == "workqueue"  # which several Python threads must not share
-        with _one_at_a_time if shared else contextlib.nullcontext():
+        with _exclusive() if together else _NOTHING:
             self._compiled[together](*arguments, workers)
 
     def _compile(self, *arguments: Any) -> Any:
@@ -49,4 +50,19 @@ class Launch:
 
 def workers_for(jobs: int) -> int:
     """How many threads share so many jobs: as many as torch and numba both allow."""
+    _start_threads()
     return max(1, min(torch.get_num_threads(), numba.get_num_threads(), jobs))
+
+
+@functools.cache
+def _start_threads() -> None:
+    """Start numba's threads. Where it shares OpenMP with torch this sets torch's number too, so that is put back."""
+    before = torch.get_num_threads()
+    numba.get_num_threads()
+    torch.set_num_threads(before)
+
+
+@functools.cache
+def _exclusive() -> contextlib.AbstractContextManager[object]:
+    """What a kernel holds while its threads run: a lock, if those of several Python threads must not do so at once."""
+    return _one_at_a_time if numba.threading_layer() == "workqueue" else _NOTHING

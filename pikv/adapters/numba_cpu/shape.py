@@ -155,6 +155,11 @@ class Shape:
         """One vector for each of `rows` queries."""
         return Tile(self.machine.lanes, self.rows, 1)
 
+    @property
+    def tail_bytes(self) -> int:
+        """A token of the tail."""
+        return (self.key_dim + self.value_dim) * self.tail.numbers.itemsize
+
     # Bytes of what one query needs in scratch memory.
 
     @property
@@ -227,4 +232,3 @@ class Call(NamedTuple):
     tail_room: int
     page_splits: int
     tail_splits: int
-    workers: int
