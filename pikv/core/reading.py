@@ -45,8 +45,14 @@ def with_sinks(layer: LayerCache, partial: Partial) -> Partial:
     """The same with the layer's sink logits, which take their weight once however many places were merged."""
     if layer.config.sinks is None:
         return partial
-    logits = torch.tensor(layer.config.sinks, device=partial.output.device).view(layer.config.kv_heads, -1, 1)
+    logits = _sink_logits(layer.config.sinks, partial.output.device).view(layer.config.kv_heads, -1, 1)
     return attention.merge([partial, attention.sink(logits, like=partial)])
+
+
+@functools.lru_cache(maxsize=1024)
+def _sink_logits(sinks: tuple[float, ...], device: torch.device) -> Tensor:
+    """One a query head; copied to the device once, not at every step."""
+    return torch.tensor(sinks, device=device)
 
 
 def _pages_to_read(layer: LayerCache, served: Served, query: Tensor, selector: PageSelector | None) -> Pages:

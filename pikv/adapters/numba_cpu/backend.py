@@ -25,7 +25,10 @@ MOST_ROWS = 8  # queries that share the reading of a page
 @final
 @attrs.frozen(kw_only=True)
 class NumbaCpu(Backend):
-    """Attention on a CPU to Dense pages, in place. path: "portable" does without AVX-512."""
+    """Kernels for Dense and Affine pages on a CPU, read where they lie. path: "portable" does without AVX-512.
+
+    None for softcaps, codes in the order "plain", and dimensions that do not fill vectors; torch serves these.
+    """
 
     path: Path | None = None
 
@@ -35,7 +38,7 @@ class NumbaCpu(Backend):
         return f"numba_cpu {machine(self.path).name}"
 
     def attend(self, codec: PageCodec, device: torch.device) -> AttendKernel | None:
-        """A kernel for Dense pages on the CPU whose value_dim fills whole vectors."""
+        """A kernel for pages on the CPU whose value_dim fills whole vectors, and their key_dim too if they are codes."""
         shape = shape_of(codec, machine(self.path)) if device.type == "cpu" else None
         return None if shape is None else NumbaAttend(codec=codec, shape=shape)
 
