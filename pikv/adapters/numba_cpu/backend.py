@@ -38,7 +38,7 @@ class NumbaCpu(Backend):
         return f"numba_cpu {machine(self.path).name}"
 
     def attend(self, codec: PageCodec, device: torch.device) -> AttendKernel | None:
-        """A kernel for pages on the CPU whose value_dim fills whole vectors, and their key_dim too if they are codes."""
+        """A kernel for pages on the CPU whose value_dim fills whole vectors; for codes, whose key_dim does too."""
         shape = shape_of(codec, machine(self.path)) if device.type == "cpu" else None
         return None if shape is None else NumbaAttend(codec=codec, shape=shape)
 
