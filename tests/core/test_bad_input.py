@@ -232,3 +232,10 @@ def test_routing_needs_a_router_and_the_right_shape():
         cache.route(0, probabilities[:, :1])
     routing = cache.route(0, probabilities)
     assert torch.equal(routing.home, probabilities.flatten(0, 1).argmax(-1))
+
+
+def test_numbers_whose_sum_overflows_are_no_bad_input():
+    """Finite keys and values are taken however large they are together."""
+    cache = pikv.PiKVCache(MODEL)
+    cache.update(0, 0, 3e38 * states(BATCH, 3), -3e38 * states(BATCH, 3))
+    assert bool((cache.retrieve(0).keys == 3e38).all())
