@@ -71,11 +71,11 @@ def composed(dtype: torch.dtype = torch.float32, **names: Any) -> Callable[[str,
         layers = timing.copies_for(rows * runtime.form(one.layers[0], dtype).stride)
         cache = pikv.PiKVCache(pikv.ModelConfig.of(one.layers * layers, dtype=dtype), runtime)
         fill(cache, size, dtype)
-        query = torch.randn(size.batch, QUERY_HEADS, 1, HEAD_DIM, dtype=dtype)
+        queries = torch.randn(timing.CALLS, size.batch, QUERY_HEADS, 1, HEAD_DIM, dtype=dtype)
         return Contestant(
             name=name,
-            run=lambda layer_id: cache.attend(layer_id, query),
-            copies=layers,
+            run=lambda copy: cache.attend(copy % layers, queries[copy % timing.CALLS]),
+            copies=layers if runtime.page_selector is None else timing.CALLS,  # other queries choose other pages
             nbytes=bytes_read(cache, size) // layers,
         )
 

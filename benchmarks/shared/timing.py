@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 COLD_BYTES = 1 << 30  # more than a processor's caches hold
 WARM_CALLS, TIMED_CALLS = 2, 4
-_CALLS = WARM_CALLS + TIMED_CALLS
+CALLS = WARM_CALLS + TIMED_CALLS
 BURST_S = 0.5  # a slow contestant gets fewer calls in a burst, one at least
 _BLOCK = 1 << 13  # words of 8 bytes: 64 KiB at a time for a thread
 
@@ -50,7 +50,7 @@ class Time:
 
 def copies_for(nbytes: int) -> int:
     """How many copies of so many bytes a burst must read for none to be in a cache."""
-    return max(1, min(_CALLS, -(-COLD_BYTES // nbytes)))
+    return max(1, min(CALLS, -(-COLD_BYTES // nbytes)))
 
 
 def set_threads(threads: int) -> None:
@@ -101,7 +101,7 @@ def interleaved(contestants: Iterable[Contestant], plain: PlainRead, rounds: int
         for contestant in contestants:
             progress.set_postfix_str(contestant.name)
             own, reads = times[contestant.name]
-            own += _burst(contestant, plain, first=turn * _CALLS)
+            own += _burst(contestant, plain, first=turn * CALLS)
             reads += _burst(_reading(contestant.nbytes, plain), plain, first=0)
             progress.update()
     return {
@@ -111,14 +111,14 @@ def interleaved(contestants: Iterable[Contestant], plain: PlainRead, rounds: int
 
 
 def _reading(nbytes: int, plain: PlainRead) -> Contestant:
-    return Contestant(name="plain read", run=lambda _: plain.read(nbytes), copies=_CALLS, nbytes=nbytes)
+    return Contestant(name="plain read", run=lambda _: plain.read(nbytes), copies=CALLS, nbytes=nbytes)
 
 
 def _burst(contestant: Contestant, plain: PlainRead, first: int) -> list[float]:
     """Seconds of the timed calls of one burst, which goes round the copies from the first on."""
     seconds: list[float] = []
     enough = contestant.copies >= copies_for(contestant.nbytes)
-    while len(seconds) < _CALLS and sum(seconds) < BURST_S:
+    while len(seconds) < CALLS and sum(seconds) < BURST_S:
         if not (seconds and enough):
             plain.flush()
         start = time.perf_counter()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import contextlib
 import ctypes
 import math
 import mmap
@@ -69,6 +70,9 @@ class HostSlab:
                     f"capacity_bytes: the system refused {nbytes} bytes of address space ({error}); "
                     "give the pool a smaller capacity_bytes"
                 ) from error
+            # A read of everything is up to a fifth faster by large memory pages, if the system has some to give.
+            with contextlib.suppress(OSError):  # a kernel without them
+                self._memory.madvise(mmap.MADV_HUGEPAGE)
             flat = torch.frombuffer(self._memory, dtype=torch.uint8)
         else:
             flat = torch.empty(nbytes, dtype=torch.uint8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,8 @@ from pikv.core.errors import StateError
 
 if TYPE_CHECKING:
     from pikv.core.config import LayerConfig
+
+SCORES_AT_ONCE = 1 << 20  # entries of the attention matrix that a sum over it holds at a time
 
 
 @attrs.frozen(kw_only=True)
@@ -57,26 +60,53 @@ class TokenView:
         """[sequences, kv_heads, tokens, value_dim] as they are read back; decoded on request."""
         return self._decode()[1]
 
+    def mass(self) -> Tensor:
+        """How much attention each stored token gets from the newest queries of its KV head: `attention()`, summed up.
+
+        [sequences, kv_heads, tokens]. The matrix is not held, but a block of it at a time.
+        """
+        queries, asked = self._asked()
+        keys, positions = self.keys, self.positions
+
+        def scores(block: slice) -> Tensor:
+            return self._scores(queries, asked, keys[:, :, block], positions[..., block])
+
+        tokens = max(1, SCORES_AT_ONCE // max(1, math.prod(queries.shape[:4])))
+        blocks = [slice(start, start + tokens) for start in range(0, positions.shape[-1], tokens)]
+        total = queries.new_full(queries.shape[:4], -torch.inf, dtype=attention.accumulator(queries.dtype))
+        for block in blocks:
+            total = total.logaddexp(scores(block).logsumexp(-1))
+        total = attention.finite(total)[..., None]
+        masses = [torch.exp(scores(block) - total).sum((2, 3)) for block in blocks]
+        return torch.cat(masses, dim=-1) if masses else total.new_zeros(positions.shape)
+
     def attention(self) -> Tensor:
         """How much each of the newest queries attends to each stored token, causal: the softmax over what is stored.
 
         [sequences, kv_heads, group, window, tokens]; 0 for a query that has not been asked, a token that is newer
         than the query, and where there is no token.
         """
+        scores = self._scores(*self._asked(), self.keys, self.positions)
+        return torch.exp(scores - attention.finite(scores.logsumexp(-1, keepdim=True)))
+
+    def _asked(self) -> tuple[Tensor, Tensor]:
+        """The newest queries [sequences, kv_heads, group, window, key_dim], and their positions on the same device."""
         if self.queries is None or self.asked is None:
             raise StateError(
                 "this view has no queries: only a QueryTokenSelector is shown the newest ones; derive from it and give "
                 "it a window"
             )
-        grouped = self.queries.unflatten(1, (-1, self.layer.group))  # [sequences, kv_heads, group, window, key_dim]
-        folded = attention.score(grouped.flatten(2, 3), self.keys, scale=self.layer.scale, softcap=self.layer.softcap)
-        scores = folded.unflatten(2, grouped.shape[2:4])
-        held, asked = self.positions[:, :, None, None, :], self.asked[:, None, None, :, None].to(self.positions.device)
+        return self.queries.unflatten(1, (-1, self.layer.group)), self.asked.to(self.positions.device)
+
+    def _scores(self, queries: Tensor, asked: Tensor, keys: Tensor, positions: Tensor) -> Tensor:
+        """Scores of some of the tokens, [sequences, kv_heads, group, window, tokens]; -inf where one is not seen."""
+        folded = attention.score(queries.flatten(2, 3), keys, scale=self.layer.scale, softcap=self.layer.softcap)
+        held, asked = positions[:, :, None, None, :], asked[:, None, None, :, None]
         seen = (held >= 0) & (held <= asked)
         if self.layer.window is not None:
             seen &= held > asked - self.layer.window
-        scores = scores.masked_fill(~seen, -torch.inf)
-        return torch.exp(scores - attention.finite(scores.logsumexp(-1, keepdim=True)))
+        scores: Tensor = folded.unflatten(2, queries.shape[2:4])
+        return scores.masked_fill(~seen, -torch.inf)
 
 
 @attrs.frozen(kw_only=True)

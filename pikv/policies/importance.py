@@ -34,4 +34,4 @@ class Importance(QueryTokenSelector):
 
     def score(self, view: TokenView) -> Tensor:
         """I_t: [sequences, kv_heads, tokens]."""
-        return view.attention().sum((2, 3))
+        return view.mass()

@@ -5,9 +5,13 @@ from __future__ import annotations
 import attrs
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import pikv
+from pikv.core import views
 from pikv.core.ports import QueryTokenSelector, TokenSelector
+from pikv.core.views import TokenView
 from pikv.policies import Importance, Recent, Uniform
 
 MODEL = pikv.ModelConfig(layers=1, query_heads=4, kv_heads=2, head_dim=8)
@@ -188,3 +192,48 @@ def test_a_selector_that_looks_at_queries_needs_attend():
         cache.update(0, 60, *TOKENS[:1, :4, 60:61].split(2, dim=1))
     assert cache.stored_bytes() == before
     assert cache.retrieve(0).positions[0, 0].tolist() == list(range(60))
+
+
+@pytest.mark.property
+@given(st.data())
+def test_the_mass_of_tokens_is_the_sum_of_attention(data):
+    """Whatever the blocks that it is summed up in: causal, in windows, softcapped, over rows of any length."""
+    sequences, kv_heads, group, window, tokens = (data.draw(st.integers(1, most)) for most in (2, 2, 3, 4, 40))
+    layer = pikv.LayerConfig(
+        query_heads=kv_heads * group,
+        kv_heads=kv_heads,
+        key_dim=8,
+        value_dim=8,
+        window=data.draw(st.none() | st.integers(1, 30)),
+        softcap=data.draw(st.none() | st.just(2.0)),
+    )
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**32)))
+    states = torch.randn(2, sequences, kv_heads, tokens, 8, generator=generator)
+    lengths = torch.randint(0, tokens + 1, (sequences, kv_heads, 1), generator=generator)
+    positions = torch.arange(tokens, dtype=torch.int32).expand(sequences, kv_heads, -1)
+    view = TokenView(
+        layer_id=0,
+        layer=layer,
+        positions=positions.masked_fill(positions >= lengths, -1),
+        queries=3 * torch.randn(sequences, kv_heads * group, window, 8, generator=generator),
+        asked=torch.randint(-1, tokens + 3, (sequences, window), generator=generator),
+        decode=lambda: (states[0], states[1]),
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(views, "SCORES_AT_ONCE", data.draw(st.sampled_from([1, 50, 1000])))
+        torch.testing.assert_close(view.mass(), view.attention().sum((2, 3)), atol=1e-5, rtol=1e-5)
+
+
+def test_the_mass_of_no_tokens_is_empty():
+    """A view may have no tokens at all."""
+    layer = pikv.LayerConfig(query_heads=2, kv_heads=1, key_dim=8, value_dim=8)
+    nothing = torch.empty(1, 1, 0, 8)
+    view = TokenView(
+        layer_id=0,
+        layer=layer,
+        positions=torch.empty(1, 1, 0, dtype=torch.int32),
+        queries=torch.randn(1, 2, 3, 8),
+        asked=torch.arange(3)[None],
+        decode=lambda: (nothing, nothing),
+    )
+    assert view.mass().shape == (1, 1, 0)

@@ -37,7 +37,10 @@ class NeedsRotary:
 
 
 class QueryTokenSelector(TokenSelector):
-    """A token selector that looks at the newest queries; its view has `queries`, `asked` and `attention()`."""
+    """A token selector that looks at the newest queries.
+
+    Its view has `queries` and `asked`, `attention()` and its sum `mass()`.
+    """
 
     window: int
     """How many of the newest queries of a sequence it needs."""
