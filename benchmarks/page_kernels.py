@@ -38,7 +38,7 @@ SEALED_TOKENS = 4096
 
 @attrs.frozen
 class Work:
-    """Something that every backend does. nbytes: what is read for it."""
+    """Something that every backend does, and how each of them does it."""
 
     name: str
     contestants: list[Contestant]
