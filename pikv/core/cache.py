@@ -13,6 +13,7 @@ from pikv.core import checks, places, reading, settling
 from pikv.core.budget import Budget
 from pikv.core.config import ModelConfig, RuntimeConfig
 from pikv.core.errors import ConfigError, InputError, StateError
+from pikv.core.exact import Refuse
 from pikv.core.layer import PADDING, LayerCache
 from pikv.core.modes import keeps_numbers
 from pikv.core.pool import PagePool
@@ -60,7 +61,7 @@ class PiKVCache:
         k [batch, kv_heads, tokens, key_dim], v [..., value_dim], after any rotary embedding; or [kv_heads, dim] for
         one token of one sequence. token_id: the position of the first token, or positions [batch, tokens], which
         increase along a sequence and may jump. Padding is not stored: -1, or -2 - p for padding that stands at
-        position p and whose query sees what a token there would see.
+        position p, not before what is stored, and whose query sees what a token there would see.
 
         Raises InputError for a wrong shape, dtype, device or position, and for NaN on the CPU; LayerError.
         """
@@ -77,8 +78,8 @@ class PiKVCache:
             self._settle(layer)
         if k.shape[2] >= self.runtime.page_size:
             self._prefilling = True
-        self._layers[layer_id] = layer
         layer.append(k, v, positions, places.stored_here(self.runtime, positions))
+        self._layers[layer_id] = layer
 
     def _empty_layer(self, layer_id: int, k: Tensor, v: Tensor) -> LayerCache:
         served = self._served[layer_id]
@@ -113,7 +114,6 @@ class PiKVCache:
         if not layer.settled:
             layer.answer = output
             self._settle(layer)
-            layer.answer = None
         return output
 
     def _answer(self, layer: LayerCache, q: Tensor) -> Tensor:
@@ -173,6 +173,12 @@ class PiKVCache:
         self._settled(layers)
 
     @property
+    def evicts(self) -> bool:
+        """Whether tokens may leave: by a budget, by a window, or because the pool is full."""
+        slides = any(layer.window is not None for layer in self.model.layers)
+        return slides or self._budget is not None or not isinstance(self.runtime.when_full, Refuse)
+
+    @property
     def _holds(self) -> bool:
         """Whether the survivors of a prompt wait in the tail, exact."""
         return self._budget is not None and self._prefilling
@@ -202,7 +208,7 @@ class PiKVCache:
 
     def _settled(self, layers: Iterable[LayerCache]) -> None:
         for layer in layers:
-            layer.settled = True
+            layer.settled, layer.answer = True, None
             if not self._holds:
                 layer.tail.shrink(self.runtime.tail_tokens + 2 * self.runtime.page_size)
 

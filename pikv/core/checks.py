@@ -86,7 +86,7 @@ def positions(token_id: int | Tensor, batch: int, tokens: int) -> Tensor:
         raise InputError(f"token_id must be a whole number or a tensor of them, got {token_id.dtype}")
     if token_id.shape != (batch, tokens):
         raise InputError(f"token_id must be [batch, tokens] = [{batch}, {tokens}], got {list(token_id.shape)}")
-    placed = token_id.detach().to("cpu", torch.int64)
+    placed = token_id.detach().to("cpu", torch.int64, copy=True)
     if placed.numel() and int(placed.max()) > _LARGEST_POSITION:
         raise InputError(f"token_id must be at most {_LARGEST_POSITION}, got {int(placed.max())}")
     if bool((placed < -2 - _LARGEST_POSITION).any()):

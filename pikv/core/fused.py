@@ -16,6 +16,11 @@ _kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+def serves(query: Tensor, softcap: float | None) -> bool:
+    """Whether the kernel takes such queries."""
+    return softcap is None and query.device.type == "cpu" and query.dtype in _DTYPES
+
+
 def attend(
     query: Tensor,
     keys: Tensor,
@@ -28,45 +33,35 @@ def attend(
     """As `attention.attend`, for [sequences, heads, queries, key_dim] and [sequences, heads, tokens, dim].
 
     mask: bool [sequences, heads or 1, queries or 1, tokens].
-    For a half-precision query the softmax weights and the output are rounded to half precision, once each.
+
+    For a half-precision query the softmax weights and the output are rounded to half precision, once each. What the
+    kernel does not serve is left to the oracle, which holds a score of every query and token.
     """
-    if softcap is not None or not _fits(query, keys):
+    if not serves(query, softcap) or not query.numel() or not keys.shape[2]:
         return attention.attend(query, keys, values, scale=scale, softcap=softcap, mask=mask)
-    bias = None
-    if mask is not None:
-        bias = query.new_zeros(mask.shape).masked_fill_(~mask, -math.inf)  # the kernel stretches sizes of 1 itself
-    partial = _run(query, keys, values, scale=scale, bias=bias)
     if mask is None:
-        return partial
+        return _run(query, keys, values, scale=scale)
+    bias = query.new_zeros(mask.shape).masked_fill_(~mask, -math.inf)  # the kernel stretches sizes of 1 itself
+    partial = _run(query, keys, values, scale=scale, bias=bias)
     return Partial(partial.output, partial.log_sum_exp.masked_fill(~mask.any(-1), -torch.inf))  # the kernel says 0
 
 
-def attend_causal(
-    query: Tensor, keys: Tensor, values: Tensor, *, scale: float, softcap: float | None = None
-) -> Partial:
-    """Attention of new tokens to each other, each to itself and those before.
+def attend_causal(query: Tensor, keys: Tensor, values: Tensor, *, scale: float) -> Partial:
+    """Attention of new tokens to each other, each to itself and those before, where `serves` says so.
 
     query [sequences, kv_heads, group, tokens, key_dim], keys [sequences, kv_heads, tokens, key_dim] and values; the
     Partial has the shape [sequences, kv_heads, group, tokens, ...].
     """
-    sequences, kv_heads, group, tokens = query.shape[:4]
-    if softcap is not None or not _fits(query, keys):
-        causal = torch.ones(tokens, tokens, dtype=torch.bool, device=query.device).tril()
-        return attention.attend(query, keys[:, :, None], values[:, :, None], scale=scale, softcap=softcap, mask=causal)
-    each = (states[:, :, None].expand(-1, -1, group, -1, -1).flatten(1, 2) for states in (keys, values))
-    partial = _run(query.flatten(1, 2), *each, scale=scale, causal=True)
-    shape = (sequences, kv_heads, group)
-    return Partial(partial.output.unflatten(1, shape[1:]), partial.log_sum_exp.unflatten(1, shape[1:]))
-
-
-def _fits(query: Tensor, keys: Tensor) -> bool:
-    return query.device.type == "cpu" and query.dtype in _DTYPES and bool(query.numel() and keys.shape[2])
+    parts = [_run(each, keys, values, scale=scale, causal=True) for each in query.unbind(2)]  # keys are not repeated
+    return Partial(
+        torch.stack([part.output for part in parts], dim=2), torch.stack([part.log_sum_exp for part in parts], dim=2)
+    )
 
 
 def _run(
     query: Tensor, keys: Tensor, values: Tensor, *, scale: float, bias: Tensor | None = None, causal: bool = False
 ) -> Partial:
-    """The kernel wants one size of head, and channels side by side; it does not look at other strides of them."""
+    """The kernel wants one size of head, and channels side by side; all other strides may be anything."""
     width, value_dim = max(keys.shape[-1], values.shape[-1]), values.shape[-1]
     states = (_as_wide(each, width) for each in (query, keys.to(query.dtype), values.to(query.dtype)))
     output, log_sum_exp = _kernel(*states, is_causal=causal, attn_mask=bias, scale=scale)

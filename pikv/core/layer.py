@@ -125,8 +125,14 @@ class LayerCache:
         return torch.where(self.queried < PADDING, -2 - self.queried, self.queried) if self.padded else self.queried
 
     def unseen_from_now_on(self) -> Tensor | None:
-        """The newest position that neither the last query nor a later one sees, int64 [sequences]; None if all do."""
-        return None if self.config.window is None else self.last - self.config.window
+        """The newest position that no query sees from now on, int64 [sequences]; None if all are seen.
+
+        The last of several tokens may be drafted ones, which are cropped again: a page of them at most.
+        """
+        if self.config.window is None:
+            return None
+        drafted = min(self.queried.shape[1], self.page_size) - 1
+        return self.last - self.config.window - max(0, drafted)
 
     def pages(self) -> Pages:
         """The sealed pages as kernels take them; made once after each change of the table."""
@@ -274,6 +280,8 @@ class LayerCache:
             tail=tail,
             table=table,
             queried=torch.empty(len(states["last"]), 0, dtype=torch.int64),
+            asked=all(layer.asked for layer in layers),
+            padded=False,
             answer=None,
             pages=None,
             indexed_pages=None,

@@ -32,8 +32,9 @@ class QueryWindow:
     def followed_by(self, queries: Tensor, positions: Tensor) -> QueryWindow:
         """The window after queries [sequences, query_heads, tokens, key_dim] at positions [sequences, tokens].
 
-        A position of -1 is padding, and its query is left out.
+        A position below 0 is padding, and its query is left out.
         """
+        positions = positions.clamp(min=-1)
         window = self.positions.shape[1]
         if bool((positions >= 0).all()):  # then the newest are the last, and a long prompt need not be copied
             queries, positions = queries[:, :, -window:], positions[:, -window:]

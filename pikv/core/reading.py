@@ -85,7 +85,7 @@ def _attend_tail(layer: LayerCache, query: Tensor, positions: Tensor) -> Partial
     tokens, width = query.shape[3], layer.tail.width
     if tokens <= 1:
         return _attend_block(layer, query, positions, causal=False)
-    if _in_order(layer, positions):
+    if fused.serves(query, layer.config.softcap) and _in_order(layer, positions):
         return _attend_in_order(layer, query)
     at_once = max(1, SCORES_AT_ONCE // max(1, math.prod(query.shape[:3]) * width))
     blocks = [slice(start, start + at_once) for start in range(0, tokens, at_once)]
@@ -108,15 +108,13 @@ def _in_order(layer: LayerCache, positions: Tensor) -> bool:
 
 def _attend_in_order(layer: LayerCache, query: Tensor) -> Partial:
     """What stood in the tail before is seen by every query; the new tokens see each other causally."""
-    tokens, width = query.shape[3], layer.tail.width
+    tokens, width, scale = query.shape[3], layer.tail.width, layer.config.scale
     old, new = slice(0, width - tokens), slice(width - tokens, width)
-    keys, values, config = layer.tail.keys, layer.tail.values, layer.config
-    run = functools.partial(fused.attend_causal, scale=config.scale, softcap=config.softcap)
-    part = run(query, keys[:, :, new], values[:, :, new])
+    keys, values = layer.tail.keys, layer.tail.values
+    part = fused.attend_causal(query, keys[:, :, new], values[:, :, new], scale=scale)
     if width == tokens:
         return part
-    run = functools.partial(fused.attend, scale=config.scale, softcap=config.softcap)
-    before = run(query.flatten(2, 3), keys[:, :, old], values[:, :, old])
+    before = fused.attend(query.flatten(2, 3), keys[:, :, old], values[:, :, old], scale=scale)
     return attention.merge([part, _unfold(before, query)])
 
 

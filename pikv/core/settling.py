@@ -176,4 +176,4 @@ def crop(layer: LayerCache, end: Tensor) -> None:
     layer.forgotten = torch.minimum(layer.forgotten, end - 1)
     if layer.newest_queries is not None:
         layer.newest_queries = layer.newest_queries.cropped(end)
-    layer.queried, layer.settled = layer.queried[:, :0], True
+    layer.queried, layer.settled, layer.answer = layer.queried[:, :0], True, None

@@ -119,16 +119,17 @@ class Tail:
 
     def reserve(self, tokens: int) -> None:
         """Make room for rows of `tokens` tokens, and some more: a decoded token rarely needs new room."""
-        if tokens > self.keys.shape[2]:
+        if tokens > self.positions.shape[2]:
             self._resize(-(-tokens // ROOM) * ROOM)
 
     def shrink(self, tokens: int) -> None:
         """Give room back down to `tokens` a row, or to the longest row."""
         tokens = max(tokens, self.width)
-        if tokens < self.keys.shape[2]:
+        if tokens < self.positions.shape[2]:
             self._resize(tokens)
 
     def _resize(self, capacity: int) -> None:
+        """Positions come last, so that a resize which found no memory half way is done again by the next one."""
         width = self.width
         for name, fill in _FILLS.items():
             old: Tensor = getattr(self, name)

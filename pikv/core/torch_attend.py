@@ -31,7 +31,7 @@ class TorchAttend(AttendKernel):
         self, query: Tensor, pages: Pages, *, oldest: Tensor | None = None, page_lse: Tensor | None = None
     ) -> Partial:
         """See AttendKernel."""
-        many = query.shape[2] >= MANY_QUERIES and page_lse is None
+        many = query.shape[2] >= MANY_QUERIES and page_lse is None and fused.serves(query, self.codec.layer.softcap)
         merged = None
         for block in self._blocks(pages, query.shape[2], held=not many or oldest is not None):
             if many:
@@ -57,7 +57,7 @@ class TorchAttend(AttendKernel):
         layer, (keys, values, hidden) = self.codec.layer, self._decode(query, pages, block, oldest)
         rows = [states.permute(1, 2, 0, 3, 4).flatten(2, 3) for states in (keys, values)]
         mask = None if hidden is None else ~hidden.permute(1, 2, 3, 0, 4).flatten(3, 4)
-        return fused.attend(query, *rows, scale=layer.scale, softcap=layer.softcap, mask=mask)
+        return fused.attend(query, *rows, scale=layer.scale, mask=mask)
 
     def _scores(self, query: Tensor, pages: Pages, block: slice, oldest: Tensor | None) -> tuple[Tensor, Tensor]:
         """Scores [pages, sequences, kv_heads, queries, page_size] and values, read where they lie."""

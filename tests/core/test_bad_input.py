@@ -182,19 +182,19 @@ def test_join_refuses_a_cache_in_the_middle_of_a_step(cache):
 
 
 def test_crop_refuses_what_a_window_has_passed():
-    """StateError: the next query would see tokens that are gone. The last token may always be taken back."""
+    """StateError: the next query would see tokens that are gone. A prompt's last page may always be taken back."""
     model = pikv.ModelConfig(layers=1, query_heads=1, kv_heads=1, head_dim=4, window=20)
     cache = pikv.PiKVCache(model, pikv.RuntimeConfig(page_size=16, tail_tokens=16))
     cache.update(0, 0, torch.ones(1, 1, 50, 4), torch.ones(1, 1, 50, 4))
     cache.attend(0, torch.ones(1, 1, 50, 4))
     before = cache.retrieve(0).positions
     with pytest.raises(pikv.StateError) as raised:
-        cache.crop(48)
-    for part in ["layer 0: its window of 20 has dropped tokens up to positions [29]", "at [48]", "crop less"]:
+        cache.crop(33)
+    for part in ["layer 0: its window of 20 has dropped tokens up to positions [14]", "at [33]", "crop less"]:
         assert part in str(raised.value)
     assert torch.equal(cache.retrieve(0).positions, before)
-    cache.crop(49)
-    assert cache.retrieve(0).positions.max() == 48
+    cache.crop(34)
+    assert cache.retrieve(0).positions.max() == 33
 
 
 def test_crop_within_a_window_that_has_dropped_nothing():

@@ -237,3 +237,13 @@ def test_the_mass_of_no_tokens_is_empty():
         decode=lambda: (nothing, nothing),
     )
     assert view.mass().shape == (1, 1, 0)
+
+
+def test_a_position_may_be_counted_up_in_place():
+    """What the caller does with its tensor of positions afterwards is not seen."""
+    cache = pikv.PiKVCache(pikv.ModelConfig(layers=1, query_heads=1, kv_heads=1, head_dim=8))
+    position, states = torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, 1, 1, 8)
+    for _ in range(3):
+        cache.update(0, position, states, states)
+        position += 1
+    assert cache.retrieve(0).positions.flatten().tolist() == [0, 1, 2]

@@ -47,7 +47,21 @@ def attention(
     if dropout:
         raise InputError(f"attention dropout must be 0 with a PiKV cache, got {dropout}; call model.eval() first")
     output = step.attend(module, query, scale=scaling, softcap=softcap)
+    if torch.is_grad_enabled() and query.requires_grad:
+        output = _NoGradient.apply(output, query)
     return output.transpose(1, 2).contiguous(), None
+
+
+class _NoGradient(torch.autograd.Function):
+    """Makes a backward pass through a cache an error; it would leave out all gradients of keys and values."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, query: Tensor) -> Tensor:
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        raise StateError("a PiKV cache keeps numbers and no graph; train without a cache (use_cache=False)")
 
 
 def register() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -30,12 +31,20 @@ class HostCache(Cache):
         self._latent = latent
         self._seen = Seen.nothing()
         self._step: Step | None = None
+        self._broken = False
         super().__init__(layers=[HostLayer(self, layer_id) for layer_id in range(len(pikv.model.layers))])
 
     # --- a forward call
 
     def begin(self, batch: int, tokens: int, mask: Tensor | None) -> Step:
         """Start a forward call over new tokens. mask: [batch, tokens seen and new], 0 where there is padding."""
+        if self._step is not None:
+            self.take_back(self._step)  # an interrupt ended the call before, and no hook was told
+        if self._broken:
+            raise StateError(
+                "a call before this one failed after some layers had evicted tokens for it, so the layers of this "
+                "cache no longer hold the same text; reset() it, or make a new one, and read the text again"
+            )
         held = self.pikv.sequences
         if held and batch != held:
             raise InputError(
@@ -46,11 +55,21 @@ class HostCache(Cache):
         return self._step
 
     def finish(self, step: Step) -> None:
-        """End a forward call. One that did not get through all layers is taken back."""
+        """End a forward call that went through all layers."""
         self._step = None
-        if step.complete:
-            self._seen, self.routed = self._seen.followed_by(step.positions, step.mask), step.routed
-        elif self.pikv.sequences:
+        self._seen, self.routed = self._seen.followed_by(step.positions, step.mask), step.routed
+
+    def take_back(self, step: Step) -> None:
+        """End a forward call that failed: forget its tokens.
+
+        Where layers evicted for it that cannot be done, and the cache says so when it is used next.
+        """
+        self._step = None
+        if not self._seen.length:
+            self.reset()
+        elif step.attended and self.pikv.evicts:
+            self._broken = True
+        else:
             self.pikv.crop(self._seen.length)
 
     def take(self, layer_id: int, keys: Tensor, values: Tensor) -> None:
@@ -71,14 +90,24 @@ class HostCache(Cache):
     def reset(self) -> None:
         """Forget everything; the next call may bring another batch."""
         self.pikv.reset()
-        self._seen = Seen.nothing()
+        self._seen, self._step, self._broken = Seen.nothing(), None, False
+        self.routed = {}
 
     def crop(self, max_length: int) -> None:
-        """Keep the first max_length tokens; a negative number says how many to forget."""
+        """Keep the first max_length tokens; a negative number says how many to forget, and 0 forgets none."""
         length = max_length if max_length > 0 else max(0, self._seen.length + max_length)
-        if length < self._seen.length and self.pikv.sequences:
+        if length < self._seen.length:
             self.pikv.crop(length)
             self._seen = self._seen.cropped(length)
+
+    def fork(self) -> HostCache:
+        """A second cache that goes on from here: sealed pages are shared. `copy.deepcopy` does the same."""
+        other = HostCache(self.pikv.fork(), self._latent)
+        other._seen, other._broken = self._seen, self._broken
+        return other
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> HostCache:
+        return self.fork()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Make sequence i what sequence beam_idx[i] is now."""
@@ -94,7 +123,9 @@ class HostCache(Cache):
         self._select(chosen.nonzero()[:, 0] if chosen.dtype == torch.bool else chosen)
 
     def _select(self, index: Tensor) -> None:
-        if self.pikv.sequences:
+        if not len(index):
+            self.reset()
+        elif self.pikv.sequences:
             index = index.to("cpu", torch.int64)
             self.pikv.reorder(index)
             self._seen = self._seen.select(index)
@@ -109,7 +140,7 @@ class HostLayer(CacheLayerMixin):
 
     def __init__(self, cache: HostCache, layer_id: int) -> None:
         super().__init__()
-        self._cache, self._layer_id = cache, layer_id
+        self._cache, self._layer_id = weakref.proxy(cache), layer_id  # no cycle: pages go when the cache does
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to do: PiKVCache starts with its first update."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from contextvars import ContextVar
 from typing import Any
 
-import attrs
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -14,38 +13,44 @@ from pikv.adapters.transformers.attention import STEP
 from pikv.adapters.transformers.step import Step
 from pikv.core.errors import ConfigError
 
+_step: ContextVar[Step | None] = ContextVar("step", default=None)
+"""Of the decoder layer that is running in this thread."""
 
-@attrs.define
-class GateObserver:
-    """Hooks that hand a layer's routing to the step of the call that it is part of. Two threads do not meet."""
 
-    hooks: list[RemovableHandle] = attrs.field(factory=list)
-    _step: ContextVar[Step | None] = attrs.field(factory=lambda: ContextVar("step", default=None))
+def observe(model: Any) -> list[RemovableHandle]:
+    """Hook all layers that have experts: their routing is handed to the step of the call that they are part of.
 
-    @classmethod
-    def of(cls, model: Any) -> GateObserver:
-        """Observe all layers that have experts. Raises ConfigError if none has any that can be seen."""
-        observer = cls()
-        for layer_id, layer in enumerate(model.base_model.layers):
-            experts = next((each for name, each in layer.named_modules() if name.endswith(".experts")), None)
-            if experts is not None:
-                observer.hooks += observer._observe(layer_id, layer, experts)
-        if not observer.hooks:
-            raise ConfigError(
-                f"a router was composed, and {type(model).__name__} has no experts whose routing can be seen in this "
-                "version of transformers; leave the router out"
-            )
-        return observer
+    Raises ConfigError if there is none whose routing can be seen.
+    """
+    hooks: list[RemovableHandle] = []
+    for layer_id, layer in enumerate(model.base_model.layers):
+        experts = next((each for name, each in layer.named_modules() if name.endswith(".experts")), None)
+        if experts is not None:
+            hooks += _observe(layer_id, layer, experts)
+    if not hooks:
+        raise ConfigError(
+            f"a router was composed, and {type(model).__name__} has no experts whose routing can be seen in this "
+            "version of transformers; leave the router out"
+        )
+    return hooks
 
-    def _observe(self, layer_id: int, layer: nn.Module, experts: nn.Module) -> list[RemovableHandle]:
-        def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._step.set(kwargs.get(STEP))
 
-        def choose(_: nn.Module, args: tuple[Any, ...]) -> None:
-            if (step := self._step.get()) is not None:
-                step.route(layer_id, spread(args[1], args[2].detach(), step.cache.model.experts))
+def _observe(layer_id: int, layer: nn.Module, experts: nn.Module) -> list[RemovableHandle]:
+    def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        _step.set(kwargs.get(STEP))
 
-        return [layer.register_forward_pre_hook(enter, with_kwargs=True), experts.register_forward_pre_hook(choose)]
+    def choose(_: nn.Module, args: tuple[Any, ...]) -> None:
+        if (step := _step.get()) is not None:
+            step.route(layer_id, spread(args[1], args[2].detach(), step.cache.model.experts))
+
+    def leave(*_: Any) -> None:
+        _step.set(None)
+
+    return [
+        layer.register_forward_pre_hook(enter, with_kwargs=True),
+        experts.register_forward_pre_hook(choose),
+        layer.register_forward_hook(leave, always_call=True),
+    ]
 
 
 def spread(chosen: Tensor, weights: Tensor, experts: int | None) -> Tensor:

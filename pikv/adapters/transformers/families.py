@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import attrs
 from torch import nn
 
 from pikv.adapters.transformers.latent import latent_kv
@@ -31,27 +30,21 @@ def _window_by_layer(config: Any, layer_id: int) -> int | None:
     return config.sliding_window if config.layer_types[layer_id] == "sliding_attention" else None
 
 
-@attrs.frozen(kw_only=True)
-class Family:
-    """What cannot be read off a family's modules. windows: how far back a layer sees, by config and layer."""
-
-    windows: Windows = _no_window
-
-
-_FAMILIES = {
-    "deepseek_v2": Family(),
-    "deepseek_v3": Family(),
-    "gemma3_text": Family(windows=_window_by_layer),
-    "glm4_moe": Family(),
-    "gpt_oss": Family(windows=_window_by_layer),
-    "granitemoe": Family(),
-    "llama": Family(),
-    "mixtral": Family(windows=_same_window),
-    "olmoe": Family(),
-    "phimoe": Family(windows=_same_window),
-    "qwen2_moe": Family(windows=_window_by_layer),
-    "qwen3_moe": Family(windows=_same_window),
+_FAMILIES: dict[str, Windows] = {
+    "deepseek_v2": _no_window,
+    "deepseek_v3": _no_window,
+    "gemma3_text": _window_by_layer,
+    "glm4_moe": _no_window,
+    "gpt_oss": _window_by_layer,
+    "granitemoe": _no_window,
+    "llama": _no_window,
+    "mixtral": _same_window,
+    "olmoe": _no_window,
+    "phimoe": _same_window,
+    "qwen2_moe": _window_by_layer,
+    "qwen3_moe": _same_window,
 }
+"""What cannot be read off a family's modules: how far back a layer sees, by config and layer."""
 
 
 def supported_families() -> tuple[str, ...]:
@@ -61,7 +54,7 @@ def supported_families() -> tuple[str, ...]:
 
 def model_config(model: nn.Module) -> ModelConfig:
     """The attention of a transformers model as PiKV sees it. Raises ConfigError for a family that is not supported."""
-    config, family = model.config, _family(model)
+    config, windows = model.config, _windows(model)
     layers = []
     for layer_id, attention in enumerate(layer.self_attn for layer in model.base_model.layers):
         if not getattr(attention, "is_causal", True):
@@ -71,7 +64,7 @@ def model_config(model: nn.Module) -> ModelConfig:
             LayerConfig(
                 **_heads(config, attention),
                 scale=attention.scaling,
-                window=family.windows(config, layer_id),
+                window=windows(config, layer_id),
                 rotary=rotary_of(model, layer_id),
                 sinks=None if sinks is None else sinks.detach().float().tolist(),
             )
@@ -84,7 +77,7 @@ def model_config(model: nn.Module) -> ModelConfig:
     return ModelConfig.of(layers, dtype=model.dtype, device=devices.pop(), **_expert_counts(config))
 
 
-def _family(model: nn.Module) -> Family:
+def _windows(model: nn.Module) -> Windows:
     name = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
     if name not in _FAMILIES:
         raise ConfigError(
@@ -95,7 +88,7 @@ def _family(model: nn.Module) -> Family:
 
 
 def _heads(config: Any, attention: Any) -> dict[str, int]:
-    """Heads as transformers caches them: latents, expanded heads (DeepSeek before 5.3), or KV heads."""
+    """Heads as transformers caches them: latents, expanded heads (DeepSeek in older versions), or KV heads."""
     heads: int = config.num_attention_heads
     if (latent := latent_kv(attention)) is not None:
         dims = {"kv_heads": 1, "key_dim": latent.rank + latent.rotated_part, "value_dim": latent.rank}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -12,13 +13,13 @@ from torch.utils.hooks import RemovableHandle
 
 from pikv.adapters.transformers import attention
 from pikv.adapters.transformers.cache import HostCache
-from pikv.adapters.transformers.experts import GateObserver
+from pikv.adapters.transformers.experts import observe
 from pikv.adapters.transformers.families import model_config
 from pikv.adapters.transformers.latent import latent_kv
 from pikv.compose import installed_backends, runtime_from
 from pikv.core.cache import PiKVCache
 from pikv.core.config import ModelConfig, RuntimeConfig
-from pikv.core.errors import InputError, StateError
+from pikv.core.errors import ConfigError, InputError, StateError
 from pikv.core.pool import PagePool
 from pikv.core.ports import Backend
 
@@ -45,6 +46,8 @@ def attach(
 def _composed(
     model: ModelConfig, runtime: RuntimeConfig | Mapping[str, Any] | None, backends: Iterable[Backend] | None
 ) -> RuntimeConfig:
+    if not isinstance(runtime, RuntimeConfig | Mapping | None):
+        raise ConfigError(f"runtime must be a RuntimeConfig or a mapping of names, got {runtime!r}")
     named = runtime if isinstance(runtime, RuntimeConfig) else runtime_from(runtime or {}, model)
     chosen = installed_backends() if backends is None else tuple(backends)
     return attrs.evolve(named, backends=chosen)
@@ -59,12 +62,11 @@ class Host:
         self._before: str = hf_model.config._attn_implementation
         if self._before == attention.NAME:
             raise StateError("PiKV is attached to this model already; use that host, or detach it first")
-        observed = [] if runtime.router is None else GateObserver.of(hf_model).hooks
+        self._hooks: list[RemovableHandle] = [] if runtime.router is None else observe(hf_model)
         attention.register()
         hf_model.set_attn_implementation(attention.NAME)
-        self._hooks: list[RemovableHandle] = [
-            *observed,
-            hf_model.base_model.register_forward_pre_hook(_begin, with_kwargs=True),
+        self._hooks += [
+            hf_model.base_model.register_forward_pre_hook(functools.partial(_begin, model), with_kwargs=True),
             hf_model.base_model.register_forward_hook(_finish, with_kwargs=True, always_call=True),
         ]
 
@@ -87,12 +89,18 @@ class Host:
         self.detach()
 
 
-def _begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _begin(
+    model: ModelConfig, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Before the model: tell its cache which tokens come, and its attention which cache it is."""
     given = {**_named(module, args), **kwargs}
     cache = _cache(given)
     if cache is None:
         return args, kwargs
+    if cache.pikv.model != model:
+        raise InputError("this cache was made for a model of another shape; use the caches of this model's own host")
+    if given.get("use_cache") is False:
+        raise InputError("use_cache must not be False when a cache is passed; leave one of the two out")
     if given.get("output_attentions") or getattr(module.config, "output_attentions", False):
         raise InputError("output_attentions must be off: PiKV's attention keeps no matrix of weights; detach() for it")
     if module.config._attn_implementation != attention.NAME:
@@ -101,7 +109,9 @@ def _begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
             "would not look into its cache; leave it as attach set it, or host.detach() and use another cache"
         )
     new = given.get("input_ids")
-    new = given["inputs_embeds"] if new is None else new
+    new = given.get("inputs_embeds") if new is None else new
+    if new is None:
+        raise InputError("the model needs input_ids or inputs_embeds, got neither")
     given[attention.STEP] = cache.begin(new.shape[0], new.shape[1], given.get("attention_mask"))
     given["attention_mask"] = attention.no_mask()
     return (), given
@@ -109,8 +119,17 @@ def _begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 def _finish(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
     cache, step = _cache(kwargs), kwargs.get(attention.STEP)
-    if cache is not None and step is not None:  # there is none if the call was refused
+    if cache is None or step is None:  # no step: the call was refused
+        return
+    if output is None or not step.complete:
+        cache.take_back(step)
+    else:
         cache.finish(step)
+    if output is not None and not step.complete:
+        raise StateError(
+            f"{step.attended} of {len(step.cache.model.layers)} layers attended through PiKV, so the call was taken "
+            "back: this version of transformers does not hand the model's keywords down to all of its attention"
+        )
 
 
 def _named(module: nn.Module, args: tuple[Any, ...]) -> dict[str, Any]:

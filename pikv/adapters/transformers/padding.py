@@ -11,7 +11,7 @@ from pikv.core.errors import InputError
 
 @attrs.frozen
 class Seen:
-    """The tokens so far. mask: [batch, length], 0 where there was padding; None if there has been none."""
+    """The tokens so far. mask: bool [batch, length], False where there was padding; None if there is none."""
 
     length: int
     mask: Tensor | None
@@ -38,28 +38,34 @@ class Seen:
         """With new tokens at positions [batch, tokens]."""
         length = self.length + positions.shape[1]
         padded = self.mask is not None or bool((positions < 0).any())
-        return Seen(length, mask[:, :length] if mask is not None and padded else None)
+        return Seen(length, mask[:, :length] != 0 if mask is not None and padded else None)
 
     def cropped(self, length: int) -> Seen:
         """The first tokens alone."""
-        return Seen(length, None if self.mask is None else self.mask[:, :length])
+        return Seen._of(length, None if self.mask is None else self.mask[:, :length])
 
     def select(self, index: Tensor) -> Seen:
         """The sequences at index int64 [n]."""
-        return Seen(self.length, None if self.mask is None else self.mask[index.to(self.mask.device)])
+        return Seen._of(self.length, None if self.mask is None else self.mask[index.to(self.mask.device)])
+
+    @classmethod
+    def _of(cls, length: int, mask: Tensor | None) -> Seen:
+        return cls(length, None if mask is None or bool(mask.all()) else mask)
 
     def _check(self, batch: int, tokens: int, mask: Tensor | None) -> None:
         if mask is None:
             if self.mask is not None:
                 raise InputError("attention_mask must be given again: this cache's batch has padding")
             return
+        if not isinstance(mask, Tensor):
+            raise InputError(f"attention_mask must be a tensor [batch, tokens], got a {type(mask).__name__}")
         if mask.dim() != 2 or mask.shape[0] != batch or mask.shape[1] < self.length + tokens:
             raise InputError(
                 f"attention_mask must be [batch, tokens seen and new] = [{batch}, {self.length + tokens}], got "
                 f"{list(mask.shape)}; masks of more dimensions (token trees, packed sequences) are not supported"
             )
         older = mask[:, : self.length] != 0
-        same = bool(older.all()) if self.mask is None else torch.equal(older, self.mask != 0)
+        same = bool(older.all()) if self.mask is None else torch.equal(older, self.mask)
         if not same:
             raise InputError(
                 "attention_mask must go on saying of older tokens what it said when they came: what was padding is "

@@ -70,7 +70,7 @@ class Step:
         self.routed[layer_id] = self.cache.route(layer_id, spread)
 
     def _check(self, layer_id: int, *, scale: float | None, softcap: float | None) -> None:
-        """Raise if the model attends otherwise than it said when PiKV was attached to it."""
+        """Raise if the scale or the softcap is not what it was when PiKV was attached."""
         layer = self.cache.model.layers[layer_id]
         if (scale is not None and scale != layer.scale) or softcap != layer.softcap:
             raise StateError(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 
 import pytest
 import torch
 import transformers
 
+import pikv
 from pikv.adapters.transformers import attach
 from pikv.testing.transformers.models import cache_argument
 
@@ -63,23 +65,26 @@ def test_prefill_in_chunks(mixtral, pad, plain, pikv_talk, alike):
     alike(pikv_talk(mixtral).says(*pad(50, [0]), prefill_chunk_size=16), expected)
 
 
-@pytest.mark.parametrize("family", ["mixtral", "gemma3, mixed"])
-def test_drafts_of_an_assistant(family, models, random_model, pad, pikv_talk):
+@pytest.mark.parametrize("family", ["mixtral", "mixtral, sliding", "gemma3, mixed"])
+def test_drafts_of_an_assistant(family, models, random_model, pad, plain, pikv_talk):
     """Assisted decoding crops what was drafted and not accepted; greedy, so the answer is the model's own."""
     model, assistant = models(family), random_model("llama")
-    ids, mask = pad(20, [0])
-    expected = model.generate(ids, attention_mask=mask, max_new_tokens=40, do_sample=False, pad_token_id=0)
-    said = pikv_talk(model).says(ids, mask, max_new_tokens=40, assistant_model=assistant)
-    assert torch.equal(said.sequences, expected)
+    assistant.generation_config.num_assistant_tokens = 5
+    assistant.generation_config.assistant_confidence_threshold = 0.0
+    assistant.generation_config.num_assistant_tokens_schedule = "constant"
+    expected = plain(model).says(*pad(20, [0]), max_new_tokens=60)
+    said = pikv_talk(model).says(*pad(20, [0]), max_new_tokens=60, assistant_model=assistant)
+    assert torch.equal(said.sequences, expected.sequences)
 
 
-def test_drafts_from_the_prompt(mixtral, pad, plain, pikv_talk):
+@pytest.mark.parametrize("family", ["mixtral", "mixtral, sliding"])
+def test_drafts_from_the_prompt(family, models, pad, plain, pikv_talk):
     """Prompt lookup drafts what followed the last time."""
     ids, mask = pad(10, [0])
     ids, mask = ids.repeat(1, 3), mask.repeat(1, 3)
-    settings = {"max_new_tokens": 40, "eos_token_id": 96}
-    expected = plain(mixtral).says(ids, mask, **settings)
-    said = pikv_talk(mixtral).says(ids, mask, **settings, prompt_lookup_num_tokens=4)
+    settings = {"max_new_tokens": 60, "eos_token_id": 96}
+    expected = plain(models(family)).says(ids, mask, **settings)
+    said = pikv_talk(models(family)).says(ids, mask, **settings, prompt_lookup_num_tokens=6)
     assert torch.equal(said.sequences, expected.sequences)
 
 
@@ -120,6 +125,31 @@ def test_a_cache_that_is_reset_starts_anew(mixtral, prompt, pad, pikv_talk):
     talk.says(*prompt)
     talk.cache.reset()
     assert torch.equal(talk.says(*pad(12, [0])).sequences, first.sequences)
+
+
+@pytest.mark.parametrize("copied", [lambda cache: cache.fork(), copy.deepcopy])
+def test_a_prefix_is_read_once_and_gone_on_from(copied, mixtral, pad, plain, pikv_talk, alike):
+    """A copy shares the sealed pages; the cache that it was made from stays as it is."""
+    ids, mask = pad(50, [0, 9])
+    talk = pikv_talk(mixtral)
+    talk.logits(
+        input_ids=ids[:, :40], attention_mask=mask[:, :40], position_ids=(mask.cumsum(-1) - 1)[:, :40].clamp(min=0)
+    )
+    first, talk.cache = talk.cache, copied(talk.cache)
+    alike(talk.says(ids, mask), plain(mixtral).says(ids, mask))
+    assert first.get_seq_length() == 40
+
+
+@pytest.mark.parametrize("names", [{}, {"router": "top_k"}])
+def test_pages_are_free_when_a_cache_is_forgotten(names, mixtral, prompt):
+    """At once, without the garbage collector."""
+    with attach(mixtral, {"page_size": 16, "tail_tokens": 16, **names}) as host, torch.no_grad():
+        pool = pikv.PagePool(host.model, host.runtime)
+        cache = host.new_cache(pool=pool)
+        mixtral(input_ids=prompt[0], **{cache_argument(mixtral): cache})
+        assert pool.used_bytes > 0
+        del cache
+    assert pool.used_bytes == 0
 
 
 def test_two_models_and_two_caches_each(models, prompt, plain):

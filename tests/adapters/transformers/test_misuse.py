@@ -152,3 +152,110 @@ def test_a_pool_that_is_full_takes_the_call_back(models, pad):
             first.reset()
             assert held > 0
             torch.testing.assert_close(model(**inputs, **{cache_argument(model): second}).logits, expected)
+
+
+class BrokenModelError(Exception):
+    """Raised in the middle of a model."""
+
+
+def fail_in(module):
+    """A hook that makes a module fail once it has computed."""
+
+    def fail(*_):
+        raise BrokenModelError
+
+    return module.register_forward_hook(fail)
+
+
+@pytest.mark.parametrize("layer_id", [0, 2])
+def test_a_call_that_fails_is_taken_back(layer_id, mixtral, talk):
+    """Also after the last layer's attention; the next call gives what it would have given."""
+    inputs = {"input_ids": talk.token, "attention_mask": talk.mask}
+    copied, expected = talk.cache.fork(), None
+    expected, talk.cache = talk.logits(**inputs), copied
+    hook = fail_in(mixtral.base_model.layers[layer_id].mlp)
+    with pytest.raises(BrokenModelError):
+        talk.logits(**inputs)
+    hook.remove()
+    assert talk.cache.get_seq_length() == 12
+    torch.testing.assert_close(talk.logits(**inputs), expected)
+
+
+def test_a_first_call_that_fails_leaves_the_batch_open(mixtral, pikv_talk):
+    """Nothing is held, so another batch may come."""
+    talk = pikv_talk(mixtral)
+    hook = fail_in(mixtral.base_model.layers[1].mlp)
+    with pytest.raises(BrokenModelError):
+        talk.logits(input_ids=torch.ones(3, 4, dtype=torch.int64))
+    hook.remove()
+    talk.logits(input_ids=torch.ones(2, 4, dtype=torch.int64))
+
+
+@pytest.mark.parametrize(
+    ("family", "names"),
+    [("mixtral", {"token_selector": "recent", "budget_tokens": 84, "tail_tokens": 68}), ("mixtral, sliding", {})],
+)
+def test_where_layers_evict_a_call_cannot_be_taken_back(family, names, models, pad, pikv_talk):
+    """The cache says so, and starts anew after a reset."""
+    model, (ids, mask) = models(family), pad(150, [0])
+    talk = pikv_talk(model, **names)
+    expected = talk.logits(input_ids=ids, attention_mask=mask)
+    hook = fail_in(model.base_model.layers[1].mlp)
+    with pytest.raises(BrokenModelError):
+        talk.logits(input_ids=ids)
+    hook.remove()
+    with pytest.raises(pikv.StateError, match="no longer hold the same text; reset"):
+        talk.logits(input_ids=ids)
+    talk.cache.reset()
+    torch.testing.assert_close(talk.logits(input_ids=ids, attention_mask=mask), expected)
+
+
+def test_an_interrupted_call_is_taken_back(mixtral, talk):
+    """Torch tells no hook of a KeyboardInterrupt; the next call finds what it left."""
+    inputs = {"input_ids": talk.token, "attention_mask": talk.mask}
+    copied = talk.cache.fork()
+    expected, talk.cache = talk.logits(**inputs), copied
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    hook = mixtral.base_model.layers[1].mlp.register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        talk.logits(**inputs)
+    hook.remove()
+    torch.testing.assert_close(talk.logits(**inputs), expected)
+
+
+def test_a_gradient_through_a_cache(mixtral):
+    """It would leave out keys and values."""
+    with attach(mixtral) as host:
+        logits = mixtral(
+            input_ids=torch.ones(1, 4, dtype=torch.int64), **{cache_argument(mixtral): host.new_cache()}
+        ).logits
+        with pytest.raises(pikv.StateError, match="train without a cache"):
+            logits.sum().backward()
+    mixtral.zero_grad()
+
+
+def test_a_cache_of_another_model(mixtral, models, pikv_talk):
+    """Its layers are others."""
+    talk = pikv_talk(models("gemma3, mixed"))
+    with attach(mixtral), pytest.raises(pikv.InputError, match="made for a model of another shape"):
+        mixtral(input_ids=torch.ones(1, 4, dtype=torch.int64), **{cache_argument(mixtral): talk.cache})
+
+
+def test_a_cache_that_is_not_to_be_used(talk):
+    """One of the two is a mistake."""
+    inputs = {"input_ids": talk.token, "attention_mask": talk.mask, "use_cache": False}
+    refused(talk, pikv.InputError, "use_cache must not be False", **inputs)
+
+
+def test_no_tokens(talk):
+    """Neither ids nor embeddings."""
+    refused(talk, pikv.InputError, "input_ids or inputs_embeds", attention_mask=talk.mask)
+
+
+def test_a_runtime_that_is_none(mixtral):
+    """A name alone composes nothing."""
+    with pytest.raises(pikv.ConfigError, match="got 'int8'"):
+        attach(mixtral, "int8")
