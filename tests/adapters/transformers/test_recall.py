@@ -19,11 +19,11 @@ COMPOSITIONS = {
     "int4": ({"compressor": "int4", "page_size": 32, "tail_tokens": 32}, 16, 0.3),
     "int2": ({"compressor": "int2", "page_size": 32, "tail_tokens": 32}, 14, 0.25),
     "quest": ({"page_selector": {"name": "quest", "pages": 24, "dense_layers": 1}, "page_size": 16}, 14, 1.2),
-    "recent": ({**CUT, "token_selector": {"name": "recent", "recent": 32}}, 1, 0.75),
-    "importance": ({**CUT, "token_selector": {"name": "importance", "recent": 32}}, 0, 0.75),
+    "recent": ({**CUT, "token_selector": {"name": "recent", "recent": 32}}, 4, 0.75),
+    "importance": ({**CUT, "token_selector": {"name": "importance", "recent": 32}}, 1, 0.75),
     "importance, pyramid, int4": (
         {**CUT, "token_selector": {"name": "importance", "recent": 32}, "allocator": "pyramid", "compressor": "int4"},
-        0,
+        1,
         0.4,
     ),
 }
