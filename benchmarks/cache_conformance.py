@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import shlex
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -19,6 +18,7 @@ from pathlib import Path
 
 import torch
 from hypothesis import Phase, settings
+from shared import tables
 from tqdm import tqdm
 from transformers import Cache, DynamicCache, PreTrainedModel, QuantizedCache, StaticCache
 
@@ -113,11 +113,11 @@ def report(suites: dict[str, CacheConformance]) -> str:
         for name, suite in tqdm(suites.items())
         for fact in facts
     }
-    lines = [f"| fact | {' | '.join(suites)} |", "| --- |" + " --- |" * len(suites)]
+    rows = []
     for fact in facts:
         cells = ("" if said[fact, name] is None else "**no**" if said[fact, name] else "yes" for name in suites)
-        lines.append(f"| {fact.removeprefix('test_')} | {' | '.join(cells)} |")
-    lines.append("")
+        rows.append([fact.removeprefix("test_"), *cells])
+    lines = [tables.markdown(["fact", *suites], rows)]
     for fact in facts:
         for message in dict.fromkeys(said[fact, name] for name in suites if said[fact, name]):
             names = ", ".join(name for name in suites if said[fact, name] == message)
@@ -140,12 +140,12 @@ def drift(cache: Cache, tokens: list[int]) -> list[float]:
 def drifts(suites: dict[str, CacheConformance]) -> str:
     """A table of what rounding anew costs."""
     after = [1, 200, 1000]
-    lines = [f"| keys off by, after tokens | {' | '.join(map(str, after))} |", "| --- |" + " --- |" * len(after)]
+    rows = []
     for name, suite in suites.items():
         if isinstance(suite, DenseCacheConformance):
             errors = drift(suite.make(llama()), after)
-            lines.append(f"| {name} | {' | '.join(f'{error:.4f}' for error in errors)} |")
-    return "\n".join(lines) + "\n"
+            rows.append([name, *(f"{error:.4f}" for error in errors)])
+    return tables.markdown(["keys off by, after tokens", *map(str, after)], rows)
 
 
 def versions() -> str:
@@ -167,12 +167,9 @@ def main() -> None:
     text = (
         f"{versions()}. Logits may differ by 1e-4, those of caches that round by more ({tolerances}). A cell is "
         "empty where the fact is about dense keys and values, which that cache does not return.\n\n"
-        f"    {shlex.join(['python', *sys.argv])}\n\n{report(here)}\n{drifts(here)}"
+        f"{tables.command()}\n\n{report(here)}\n{drifts(here)}"
     )
-    print(text)
-    if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(text)
+    tables.save(text, arguments.output)
 
 
 if __name__ == "__main__":

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import argparse
 import math
-import shlex
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from shared import tables
 from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
@@ -96,31 +96,24 @@ def measure(model: Any, names: dict[str, Any], chunk: int, arguments: argparse.N
 def table(results: dict[str, dict[int, tuple[float, float]]], arguments: argparse.Namespace) -> str:
     """Two Markdown tables: rows are policies, columns are sizes of chunk."""
     sizes = sorted(next(iter(results.values())), reverse=True)
-    head = [
-        "| policy | " + " | ".join(["whole prompt", *map(str, sizes[1:])]) + " |",
-        "| --- " * (len(sizes) + 1) + "|",
-    ]
+    columns = ["policy", "whole prompt", *map(str, sizes[1:])]
+    bits = [[name, *(f"{row[size][0]:.3f}" for size in sizes)] for name, row in results.items()]
+    shares = [[name, *(f"{100 * row[size][1]:.1f}" for size in sizes)] for name, row in results.items()]
     lines = [
         f"Prompts of {arguments.length} characters, budget {arguments.budget} of them, page_size 16, tail_tokens 32; "
         f"{arguments.samples} texts (seed {SEED}), the {arguments.follow} characters that follow; 8 hidden pairs. "
         "Columns: the size of the chunks that the prompt came in.",
         "",
-        f"    {shlex.join(['python', *sys.argv])}",
+        tables.command(),
         "",
         "Bits a character of what follows:",
         "",
-        *head,
-        *(f"| {name} | " + " | ".join(f"{row[size][0]:.3f}" for size in sizes) + " |" for name, row in results.items()),
-        "",
+        tables.markdown(columns, bits),
         "Recalled, %:",
         "",
-        *head,
-        *(
-            f"| {name} | " + " | ".join(f"{100 * row[size][1]:.1f}" for size in sizes) + " |"
-            for name, row in results.items()
-        ),
+        tables.markdown(columns, shares),
     ]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -143,11 +136,7 @@ def main() -> None:
     for name, size in tqdm([(name, size) for name in POLICIES for size in sizes]):
         names = POLICIES[name] and {**POLICIES[name], "budget_tokens": arguments.budget}
         results.setdefault(name, {})[size] = measure(model, names, size, arguments)
-    text = table(results, arguments)
-    print(text)
-    if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(text)
+    tables.save(table(results, arguments), arguments.output)
 
 
 if __name__ == "__main__":

@@ -9,17 +9,11 @@ own, so that one does not find the memory of another.
 from __future__ import annotations
 
 import argparse
-import json
-import shlex
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-from memory import resident_bytes
-from tqdm import tqdm
+from shared import processes, tables
 from transformers import Cache, DynamicCache, MixtralConfig, MixtralForCausalLM
 
 from pikv.adapters.transformers import attach
@@ -75,14 +69,14 @@ def run_case(name: str, tokens: int, chunk: int) -> dict[str, int]:
     make: Callable[[], Any] = attach(model, names).new_cache if names is not None else DynamicCache
     read(model, make(), 2 * chunk, chunk)  # what torch takes for itself at first is not the cache's
     cache = make()
-    before = resident_bytes("VmRSS")
+    before = processes.resident_bytes("VmRSS")
     read(model, cache, tokens, chunk)
     if names is None:
         stored = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     else:
         cache.pikv.finish_prefill()
         stored = cache.pikv.stored_bytes().total
-    return {"stored": stored, "peak": resident_bytes("VmHWM") - before}
+    return {"stored": stored, "peak": processes.resident_bytes("VmHWM") - before}
 
 
 def table(results: dict[str, dict[str, int]], arguments: argparse.Namespace) -> str:
@@ -96,7 +90,7 @@ def table(results: dict[str, dict[str, int]], arguments: argparse.Namespace) -> 
         f"128. Budget and one chunk in the model's dtype are {allowed / 2**20:.0f} MiB. Peak: the most that the "
         "process held, less what it held before; activations are in it.",
         "",
-        f"    {shlex.join(['python', *sys.argv])}",
+        tables.command(),
         "",
         "| cache | stored, MiB | peak, MiB | peak over budget + chunk, MiB |",
         "| --- | --- | --- | --- |",
@@ -107,28 +101,5 @@ def table(results: dict[str, dict[str, int]], arguments: argparse.Namespace) -> 
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
-    """Run every case in its own process, and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, help="a Markdown file; the terminal alone by default")
-    parser.add_argument("--tokens", type=int, default=16_384)
-    parser.add_argument("--chunk", type=int, default=1024)
-    parser.add_argument("--case", choices=list(CASES), help="run this one here and print JSON")
-    arguments = parser.parse_args()
-    if arguments.case:
-        print(json.dumps(run_case(arguments.case, arguments.tokens, arguments.chunk)))
-        return
-    results = {}
-    for name in tqdm(CASES):
-        command = [sys.executable, __file__, "--case", name]
-        command += ["--tokens", str(arguments.tokens), "--chunk", str(arguments.chunk)]
-        results[name] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    text = table(results, arguments)
-    print(text)
-    if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(text)
-
-
 if __name__ == "__main__":
-    main()
+    processes.main(__doc__, CASES, run_case, table, tokens=16_384)

@@ -8,14 +8,9 @@ Each case runs in a process of its own, so that one does not find the memory of 
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
-import sys
-from pathlib import Path
 
 import torch
-from shared import tables
-from tqdm import tqdm
+from shared import processes, tables
 
 import pikv
 from pikv.policies import Importance, Pyramid, Recent, Uniform
@@ -28,12 +23,6 @@ CASES = {
     "importance, uniform": (Importance(), Uniform()),
     "importance, pyramid": (Importance(), Pyramid()),
 }
-
-
-def resident_bytes(field: str) -> int:
-    """VmRSS (now) or VmHWM (the highest so far) of this process, from /proc."""
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(status.split(f"{field}:")[1].split()[0])
 
 
 def fill(cache: pikv.PiKVCache, tokens: int, chunk: int, *, attends: bool) -> None:
@@ -58,12 +47,12 @@ def run_case(name: str, tokens: int, chunk: int) -> dict[str, int]:
     warm = pikv.compose(MODEL)
     fill(warm, chunk, chunk, attends=True)
     warm.reset()
-    before = resident_bytes("VmRSS")
+    before = processes.resident_bytes("VmRSS")
     fill(cache, tokens, chunk, attends=parts is not None)  # without a budget attention changes nothing, and is long
     return {
         "stored": cache.stored_bytes().total,
-        "resident": resident_bytes("VmRSS") - before,
-        "peak": resident_bytes("VmHWM") - before,
+        "resident": processes.resident_bytes("VmRSS") - before,
+        "peak": processes.resident_bytes("VmHWM") - before,
     }
 
 
@@ -92,25 +81,5 @@ def table(results: dict[str, dict[str, int]], arguments: argparse.Namespace) -> 
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
-    """Run every case in its own process, and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, help="a Markdown file; the terminal alone by default")
-    parser.add_argument("--tokens", type=int, default=32_768)
-    parser.add_argument("--chunk", type=int, default=1024)
-    parser.add_argument("--case", choices=list(CASES), help="run this one here and print JSON")
-    arguments = parser.parse_args()
-    if arguments.case:
-        print(json.dumps(run_case(arguments.case, arguments.tokens, arguments.chunk)))
-        return
-    results = {}
-    for name in tqdm(CASES):
-        command = [sys.executable, __file__, "--case", name]
-        command += ["--tokens", str(arguments.tokens), "--chunk", str(arguments.chunk)]
-        results[name] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    text = table(results, arguments)
-    tables.save(text, arguments.output)
-
-
 if __name__ == "__main__":
-    main()
+    processes.main(__doc__, CASES, run_case, table, tokens=32_768)
