@@ -56,8 +56,9 @@ def _sink_logits(sinks: tuple[float, ...], device: torch.device) -> Tensor:
 
 
 def _pages_to_read(layer: LayerCache, served: Served, query: Tensor, selector: PageSelector | None) -> Pages:
-    reads_all = selector is None or query.shape[3] != 1 or layer.layer_id < selector.dense_layers
-    if reads_all or selector is None or served.choose is None or layer.table.width <= selector.pages:
+    if selector is None or served.choose is None or query.shape[3] != 1:
+        return layer.pages()
+    if layer.layer_id < selector.dense_layers or layer.table.width <= selector.pages:
         return layer.pages()
     return layer.some_pages(served.choose(query[:, :, :, 0], layer.indexed_pages()))
 

@@ -75,10 +75,7 @@ class MasksOneTooFew(DynamicCache):
 
 
 class Changes(DynamicCache):
-    """What is stored is changed by `change`(stored keys, tokens that come) before tokens come."""
-
-    def change(self, keys, tokens):
-        raise NotImplementedError
+    """What is stored is changed by a subclass's `change`(stored keys, tokens that come) before tokens come."""
 
     def update(self, keys, values, layer_idx, *rest, **others):
         layer = self.layers[layer_idx]

@@ -88,12 +88,12 @@ def fold(field: Any, page: int, ahead: int, group: int, numbers: int, stride: in
 
 def prepare(field: Any, scratch: int) -> None:
     """Make what `fold` has written into what `add_codes` reads."""
-    raise NotImplementedError  # in compiled code only
+    raise NotImplementedError("a part of compiled code, where `does` has one for each encoding")
 
 
 def add_codes(field: Any, page: int, ahead: int, first: int, scratch: int, sums: Any) -> Any:
     """Add the folded numbers times codes in the columns from `first` on to a tile `field.sums`."""
-    raise NotImplementedError  # in compiled code only
+    raise NotImplementedError("a part of compiled code, where `does` has one for each encoding")
 
 
 @does(prepare, AffineField)

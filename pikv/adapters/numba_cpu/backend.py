@@ -12,8 +12,9 @@ import torch
 from pikv.adapters.numba_cpu.choose import NumbaChoose, bounds_of
 from pikv.adapters.numba_cpu.kernel import NumbaAttend
 from pikv.adapters.numba_cpu.machine import Machine, Path, machine
-from pikv.adapters.numba_cpu.seal import NumbaSeal, Stored, sides_of
+from pikv.adapters.numba_cpu.seal import NumbaSeal, sides_of
 from pikv.adapters.numba_cpu.shape import NUMBERS, AffineField, DenseField, DotField, Field, Shape
+from pikv.adapters.numba_cpu.write import Stored
 from pikv.core.config import LayerConfig
 from pikv.core.forms import Affine, Dense, Encoding
 from pikv.core.ports import AttendKernel, Backend, ChooseKernel, PageCodec, PageSelector, SealKernel

@@ -19,7 +19,7 @@ def score_keys(keys: Any, shape: Any, page: int, ahead: int, query: int, scores:
     keys: how they are stored, shape.keys. page, ahead: addresses of the page, and of one that is read later. query:
     of float32 [rows, key_dim]; scores: of float32 [rows, page_size].
     """
-    raise NotImplementedError  # in compiled code only
+    raise NotImplementedError("a part of compiled code, where `does` has one for each encoding")
 
 
 def add_values(values: Any, shape: Any, page: int, ahead: int, tokens: int, weights: int, states: int) -> None:
@@ -27,7 +27,7 @@ def add_values(values: Any, shape: Any, page: int, ahead: int, tokens: int, weig
 
     values: how they are stored, shape.values. weights: of float32 [rows, page_size]. states: of `rows` queries.
     """
-    raise NotImplementedError  # in compiled code only
+    raise NotImplementedError("a part of compiled code, where `does` has one for each encoding")
 
 
 def does(part: Callable[..., Any], *field_classes: type) -> Callable[[F], F]:

@@ -27,9 +27,27 @@ class DenseField:
     offset: int
 
 
+@attrs.frozen(kw_only=True)
+class Rows:
+    """What serves `rows` queries at once, on vectors of this machine."""
+
+    machine: Machine
+    rows: int
+
+    @property
+    def line(self) -> Tile:
+        """One vector."""
+        return Tile(self.machine.lanes, 1, 1)
+
+    @property
+    def column(self) -> Tile:
+        """One vector for each of `rows` queries."""
+        return Tile(self.machine.lanes, self.rows, 1)
+
+
 @static
 @attrs.frozen(kw_only=True)
-class AffineField:
+class AffineField(Rows):
     """Keys or values stored as codes in the order "words", for products with float32 numbers.
 
     codes [count // codes_a_word, width, 4], scales, zeros: where they lie in a page. Sums go over `count` entries,
@@ -43,8 +61,6 @@ class AffineField:
     zeros: int
     count: int
     width: int
-    rows: int
-    machine: Machine
 
     @property
     def codes_a_word(self) -> int:
@@ -60,16 +76,6 @@ class AffineField:
     def scale_bytes(self) -> int:
         """The scales of a group."""
         return 2 * self.count
-
-    @property
-    def line(self) -> Tile:
-        """One vector."""
-        return Tile(self.machine.lanes, 1, 1)
-
-    @property
-    def column(self) -> Tile:
-        """One vector a row."""
-        return Tile(self.machine.lanes, self.rows, 1)
 
     @property
     def sums(self) -> Tile:
@@ -109,7 +115,7 @@ Field = DenseField | AffineField | DotField
 
 @static
 @attrs.frozen(kw_only=True)
-class Shape:
+class Shape(Rows):
     """What a kernel is compiled for.
 
     rows: how many queries of a KV head are served together, each reading a key once for all. stride: the bytes of a
@@ -117,11 +123,9 @@ class Shape:
     memory is fetched. sources: of the kernels' source files, so that none compiled from others is taken from disk.
     """
 
-    machine: Machine
     page_size: int
     key_dim: int
     value_dim: int
-    rows: int
     stride: int
     positions: int
     ahead: int
@@ -144,16 +148,6 @@ class Shape:
     def all_live(self) -> int:
         """The live mask of a page without a dead slot."""
         return all_live(self.page_size)
-
-    @property
-    def line(self) -> Tile:
-        """One vector."""
-        return Tile(self.machine.lanes, 1, 1)
-
-    @property
-    def column(self) -> Tile:
-        """One vector for each of `rows` queries."""
-        return Tile(self.machine.lanes, self.rows, 1)
 
     @property
     def tail_bytes(self) -> int:
