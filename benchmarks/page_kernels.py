@@ -69,7 +69,7 @@ def sealing(name: str) -> Work:
     codec = PageCodec(compressor=COMPRESSORS[name], layer=LAYER, form=form)
     keys, values = torch.randn(2, 1, KV_HEADS, SEALED_TOKENS, HEAD_DIM)
     positions = torch.arange(SEALED_TOKENS, dtype=torch.int32).expand(1, KV_HEADS, -1).contiguous()
-    tail = Tail(keys, values, positions, torch.full((1, KV_HEADS), SEALED_TOKENS))
+    tail = Tail(keys, values, positions, torch.full((1, KV_HEADS), SEALED_TOKENS), values.shape[-1])
     page, sequence, head = new_pages(torch.full((1, KV_HEADS), SEALED_TOKENS // PAGE_SIZE))
     new = NewPages(sequence=sequence, head=head, slots=page[:, None] * PAGE_SIZE + torch.arange(PAGE_SIZE))
     out = torch.zeros(len(page), form.stride, dtype=torch.uint8)

@@ -55,13 +55,14 @@ class PiKVCache:
     # --- writing and reading
 
     @keeps_numbers
-    def update(self, layer_id: int, token_id: int | Tensor, k: Tensor, v: Tensor) -> None:
+    def update(self, layer_id: int, token_id: int | Tensor, k: Tensor, v: Tensor | None) -> None:
         """Store the keys and values of new tokens.
 
         k [batch, kv_heads, tokens, key_dim], v [..., value_dim], after any rotary embedding; or [kv_heads, dim] for
-        one token of one sequence. token_id: the position of the first token, or positions [batch, tokens], which
-        increase along a sequence and may jump. Padding is not stored: -1, or -2 - p for padding that stands at
-        position p, not before what is stored, and whose query sees what a token there would see.
+        one token of one sequence. v: None in a layer whose values are a key_prefix. token_id: the position of the first
+        token, or positions [batch, tokens], which increase along a sequence and may jump. Padding is not stored: -1, or
+        -2 - p for padding that stands at position p, not before what is stored, and whose query sees what a token there
+        would see.
 
         Raises InputError for a wrong shape, dtype, device or position, and for NaN on the CPU; LayerError.
         """
@@ -70,7 +71,7 @@ class PiKVCache:
         if self._layers:
             checks.same_batch(next(iter(self._layers.values())), k.shape[0], "k")
         held = self._layers.get(layer_id)
-        layer = self._empty_layer(layer_id, k, v) if held is None else held
+        layer = self._empty_layer(layer_id, k) if held is None else held
         checks.increasing(layer, positions)
         if k.shape[2] == 1:
             self.finish_prefill()
@@ -81,9 +82,9 @@ class PiKVCache:
         layer.append(k, v, positions, places.stored_here(self.runtime, positions))
         self._layers[layer_id] = layer
 
-    def _empty_layer(self, layer_id: int, k: Tensor, v: Tensor) -> LayerCache:
+    def _empty_layer(self, layer_id: int, k: Tensor) -> LayerCache:
         served = self._served[layer_id]
-        return LayerCache.empty(layer_id, served.codec, self.pool, k, v)
+        return LayerCache.empty(layer_id, served.codec, self.pool, k)
 
     @keeps_numbers
     def attend(self, layer_id: int, q: Tensor) -> Tensor:

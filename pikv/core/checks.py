@@ -42,14 +42,18 @@ def _fits(shape: torch.Size, wanted: tuple[int | None, ...]) -> bool:
     return True
 
 
-def new_tokens(model: ModelConfig, layer_id: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+def new_tokens(model: ModelConfig, layer_id: int, keys: Tensor, values: Tensor | None) -> tuple[Tensor, Tensor]:
     """Check keys and values, and return them as [batch, kv_heads, tokens, dim]."""
     config = layer(model, layer_id)
-    if keys.dim() == 2 and values.dim() == 2:
-        keys, values = keys[None, :, None], values[None, :, None]
+    if (values is None) != (config.values == "key_prefix"):
+        rule = "None, since its values are a key_prefix" if values is not None else "a tensor, since they are stored"
+        raise InputError(f"v of layer {layer_id} must be {rule}, got {type(values).__name__}; see LayerConfig.values")
+    if keys.dim() == 2 and (values is None or values.dim() == 2):
+        keys, values = keys[None, :, None], None if values is None else values[None, :, None]
     meaning = "batch, kv_heads, tokens, head_dim"
     tensor(model, "k", keys, (None, config.kv_heads, None, config.key_dim), meaning)
     batch, tokens = keys.shape[0], keys.shape[2]
+    values = keys[..., : config.value_dim] if values is None else values
     tensor(model, "v", values, (batch, config.kv_heads, tokens, config.value_dim), meaning)
     if batch == 0:
         raise InputError("k must have at least one sequence, got a batch of 0")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import attrs
 import torch
@@ -64,6 +64,8 @@ class LayerConfig:
     scale: of the scores; 1 / sqrt(key_dim) by default. window: how many tokens back a query sees, itself included;
     None for all. softcap: scores become softcap * tanh(score / softcap). sinks: one logit a query head that takes
     weight in the softmax and gives no output (gpt-oss). rotary: how keys were rotated, for parts that need to know.
+    values: "stored", or "key_prefix" where a token's value is the first value_dim channels of its key, which are then
+    stored once: the latents of multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1).
     """
 
     query_heads: int = attrs.field(validator=_positive)
@@ -75,6 +77,7 @@ class LayerConfig:
     softcap: float | None = None
     sinks: tuple[float, ...] | None = attrs.field(default=None, converter=attrs.converters.optional(_floats))
     rotary: Rotary | None = None
+    values: Literal["stored", "key_prefix"] = "stored"
 
     @scale.default
     def _scale(self) -> float:
@@ -91,6 +94,13 @@ class LayerConfig:
         if self.sinks is not None and len(self.sinks) != self.query_heads:
             raise ConfigError(
                 f"sinks must have one logit for each of {self.query_heads} query heads, got {len(self.sinks)}"
+            )
+        if self.values not in ("stored", "key_prefix"):
+            raise ConfigError(f"values must be 'stored' or 'key_prefix', got {self.values!r}")
+        if self.values == "key_prefix" and self.value_dim > self.key_dim:
+            raise ConfigError(
+                f"value_dim must be at most key_dim = {self.key_dim} where values are a key_prefix, got "
+                f"{self.value_dim}; give the key's channels that are the value first"
             )
 
     @property

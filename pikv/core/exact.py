@@ -8,7 +8,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from pikv.core.forms import Dense, PageForm
+from pikv.core.forms import Arrays, Dense, Encoding, KeyPrefix, PageForm
 from pikv.core.ports.compressor import FormCompressor
 from pikv.core.ports.full_pool import FullPool
 from pikv.core.ports.selector import TokenSelector
@@ -24,27 +24,25 @@ class Exact(FormCompressor):
     """Store keys and values as they are, in the model's dtype."""
 
     def form(self, layer: LayerConfig, *, page_size: int, dtype: torch.dtype) -> PageForm:
-        """Keys [key_dim, page_size], values [page_size, value_dim], positions int32 [page_size]."""
-        return PageForm.packed(
-            page_size,
-            Dense(dtype),
-            Dense(dtype),
-            {
-                "keys": (dtype, (layer.key_dim, page_size)),
-                "values": (dtype, (page_size, layer.value_dim)),
-                "positions": (torch.int32, (page_size,)),
-            },
-        )
+        """Keys [key_dim, page_size], values [page_size, value_dim] if they are stored, positions int32 [page_size]."""
+        arrays: Arrays = {"keys": (dtype, (layer.key_dim, page_size))}
+        values: Encoding = KeyPrefix(layer.value_dim)
+        if layer.values == "stored":
+            values, arrays["values"] = Dense(dtype), (dtype, (page_size, layer.value_dim))
+        arrays["positions"] = (torch.int32, (page_size,))
+        return PageForm.packed(page_size, Dense(dtype), values, arrays)
 
     def encode(self, form: PageForm, keys: Tensor, values: Tensor, positions: Tensor, out: Tensor) -> None:
         """Copy; keys are transposed on the way."""
         form.view(out, "keys").copy_(keys.mT)
-        form.view(out, "values").copy_(values)
+        if not isinstance(form.values, KeyPrefix):
+            form.view(out, "values").copy_(values)
         form.view(out, "positions").copy_(positions)
 
     def decode(self, form: PageForm, pages: Tensor) -> tuple[Tensor, Tensor]:
         """Views of the pages."""
-        return form.view(pages, "keys").mT, form.view(pages, "values")
+        keys = form.view(pages, "keys").mT
+        return keys, form.values.of(keys) if isinstance(form.values, KeyPrefix) else form.view(pages, "values")
 
 
 @final

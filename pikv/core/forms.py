@@ -89,7 +89,20 @@ class Opaque:
     name: str
 
 
-Encoding = Dense | Affine | Opaque
+@attrs.frozen
+class KeyPrefix:
+    """Values that are the first `dim` channels of the keys as decoded; they have no bytes and no field."""
+
+    dim: int
+
+    def of(self, keys: Tensor) -> Tensor:
+        """The values [..., dim] of keys [..., key_dim]: a view."""
+        return keys[..., : self.dim]
+
+
+Encoding = Dense | Affine | Opaque | KeyPrefix
+Arrays = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+"""The type and shape of each array of a page, by its name."""
 
 
 @attrs.frozen
@@ -112,7 +125,8 @@ class PageForm:
     """The bytes of one page: how keys and values are encoded, and where each field lies.
 
     Keys are channel-major `[key_dim, page_size]` and values token-major `[page_size, value_dim]`: scores are then
-    sums of scaled key rows and outputs sums of scaled value rows, and both vectorise without a transpose.
+    sums of scaled key rows and outputs sums of scaled value rows, and both vectorise without a transpose. Values that
+    are a prefix of the keys (`KeyPrefix`, of values only) are read from the keys.
     """
 
     page_size: int
@@ -126,7 +140,7 @@ class PageForm:
         page_size: int,
         keys: Encoding,
         values: Encoding,
-        arrays: dict[str, tuple[torch.dtype, tuple[int, ...]]],
+        arrays: Arrays,
     ) -> PageForm:
         """Lay `arrays` out one after another in the order given, each at an aligned offset."""
         fields, offset = [], 0

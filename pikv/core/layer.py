@@ -53,15 +53,15 @@ class LayerCache:
     _indexed_pages: IndexedPages | None = None
 
     @classmethod
-    def empty(cls, layer_id: int, codec: PageCodec, pool: PagePool, keys: Tensor, values: Tensor) -> LayerCache:
-        """A layer without tokens for sequences such as keys [sequences, kv_heads, tokens, key_dim] and values."""
+    def empty(cls, layer_id: int, codec: PageCodec, pool: PagePool, keys: Tensor) -> LayerCache:
+        """A layer without tokens for sequences such as those of keys [sequences, kv_heads, tokens, key_dim]."""
         sequences, kv_heads = keys.shape[:2]
         never = torch.full((sequences,), NEVER)
         return cls(
             layer_id=layer_id,
             codec=codec,
             pool=pool,
-            tail=Tail.empty(keys, values),
+            tail=Tail.empty(codec.layer, keys),
             table=PageTable.empty(sequences, kv_heads),
             first=never,
             last=never,

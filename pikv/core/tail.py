@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import attrs
 import torch
 from torch import Tensor
 
 from pikv.core.slab import empty
+
+if TYPE_CHECKING:
+    from pikv.core.config import LayerConfig
 
 EMPTY = -1
 ROOM = 64  # slots that a tail grows by
@@ -17,16 +22,18 @@ SLOTS_AT_ONCE = 512  # moved at a time, so that moving needs little memory for i
 class Tail:
     """The unsealed tokens of each row, oldest first, from slot 0.
 
-    keys [sequences, kv_heads, capacity, key_dim], values [..., value_dim], positions int32 [sequences, kv_heads,
-    capacity], EMPTY past a row's length; all contiguous. lengths: int64 [sequences, kv_heads], on the CPU. width: the
-    length of the longest row; even: whether all rows have it, so that no slot has to be masked. Both follow from
-    lengths and are kept, since a decode step asks for them often.
+    keys [sequences, kv_heads, capacity, key_dim], own_values [..., value_dim], positions int32 [sequences, kv_heads,
+    capacity], EMPTY past a row's length; all contiguous. own_values: None where the first value_dim channels of keys
+    are the values. lengths: int64 [sequences, kv_heads], on the CPU. width: the length of the longest row; even:
+    whether all rows have it, so that no slot has to be masked. Both follow from lengths and are kept, since a decode
+    step asks for them often.
     """
 
     keys: Tensor
-    values: Tensor
+    own_values: Tensor | None
     positions: Tensor
     lengths: Tensor
+    value_dim: int
     width: int = attrs.field(init=False)
     even: bool = attrs.field(init=False)
 
@@ -39,26 +46,37 @@ class Tail:
         self.width, self.even = longest, shortest == longest
 
     @classmethod
-    def empty(cls, keys: Tensor, values: Tensor) -> Tail:
-        """A tail without room or tokens for tokens such as keys [sequences, kv_heads, tokens, dim] and values."""
+    def empty(cls, layer: LayerConfig, keys: Tensor) -> Tail:
+        """A tail without room or tokens for a layer's tokens such as keys [sequences, kv_heads, tokens, key_dim]."""
         sequences, kv_heads = keys.shape[:2]
+        stored = layer.values == "stored"
         return cls(
-            keys.new_empty(sequences, kv_heads, 0, keys.shape[-1]),
-            values.new_empty(sequences, kv_heads, 0, values.shape[-1]),
+            keys.new_empty(sequences, kv_heads, 0, layer.key_dim),
+            keys.new_empty(sequences, kv_heads, 0, layer.value_dim) if stored else None,
             keys.new_full((sequences, kv_heads, 0), EMPTY, dtype=torch.int32),
             torch.zeros(sequences, kv_heads, dtype=torch.int64),
+            layer.value_dim,
         )
+
+    @property
+    def values(self) -> Tensor:
+        """[sequences, kv_heads, capacity, value_dim]; a view of the keys where they hold the values."""
+        return self.keys[..., : self.value_dim] if self.own_values is None else self.own_values
+
+    @property
+    def _states(self) -> tuple[Tensor, ...]:
+        return (self.keys,) if self.own_values is None else (self.keys, self.own_values)
 
     @property
     def nbytes(self) -> int:
         """The bytes of the tail's storages."""
-        tensors = (self.keys, self.values, self.positions, self.lengths)
+        tensors = (*self._states, self.positions, self.lengths)
         return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
 
     def append(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
         """Add tokens: keys [sequences, kv_heads, tokens, key_dim], values, positions int64 [sequences, tokens].
 
-        A token whose position is negative is padding and is left out.
+        A token whose position is negative is padding and is left out. Values that are a prefix of the keys are too.
         """
         stored = positions >= 0
         lengths = self.lengths + stored.sum(-1)[:, None]
@@ -74,7 +92,8 @@ class Tail:
         start, count = self.width, keys.shape[2]
         self.reserve(start + count)
         self.keys.narrow(2, start, count).copy_(keys)
-        self.values.narrow(2, start, count).copy_(values)
+        if self.own_values is not None:
+            self.own_values.narrow(2, start, count).copy_(values)
         self.positions.narrow(2, start, count).copy_(positions[:, None])
         self.lengths, self.width = self.lengths + count, start + count
 
@@ -85,7 +104,8 @@ class Tail:
         sequence, token = sequence.to(keys.device)[:, None], token.to(keys.device)[:, None]
         head = torch.arange(keys.shape[1], device=keys.device)
         self.keys[sequence, head, slot] = keys[sequence, head, token]
-        self.values[sequence, head, slot] = values[sequence, head, token]
+        if self.own_values is not None:
+            self.own_values[sequence, head, slot] = values[sequence, head, token]
         places = positions.to(self.positions)
         self.positions[sequence, head, slot] = places[sequence, token].expand(-1, len(head))
 
@@ -98,7 +118,7 @@ class Tail:
         for start in range(0, self.width, SLOTS_AT_ONCE):  # in place: a token never moves back, so none is overwritten
             block = slice(start, start + SLOTS_AT_ONCE)
             source = order[..., block, None]
-            for tensor in (self.keys, self.values):
+            for tensor in self._states:
                 tensor[:, :, start : start + source.shape[2]] = tensor.gather(
                     2, source.expand(-1, -1, -1, tensor.shape[-1])
                 )
@@ -107,7 +127,7 @@ class Tail:
     def drop_oldest(self, tokens: int) -> None:
         """Drop the same number of tokens from the front of every row; all rows have as many."""
         width = self.width
-        for tensor in (self.keys, self.values):
+        for tensor in self._states:
             tensor[:, :, : width - tokens] = tensor[:, :, tokens:width].clone()
         self._set_lengths(self.lengths - tokens)
         self._settle_positions(self.positions[..., tokens:width].clone(), width)
@@ -132,7 +152,9 @@ class Tail:
         """Positions come last, so that a resize which found no memory half way is done again by the next one."""
         width = self.width
         for name, fill in _FILLS.items():
-            old: Tensor = getattr(self, name)
+            old: Tensor | None = getattr(self, name)
+            if old is None:
+                continue
             new = empty((*old.shape[:2], capacity, *old.shape[3:]), like=old)
             new[:, :, :width] = old[:, :, :width]
             new[:, :, width:] = fill
@@ -141,16 +163,21 @@ class Tail:
     def select(self, index: Tensor) -> Tail:
         """A tail of the sequences at index [n]; a sequence may come several times, or not at all."""
         there = index.to(self.keys.device)
-        return Tail(self.keys[there], self.values[there], self.positions[there], self.lengths[index])
+        own_values = None if self.own_values is None else self.own_values[there]
+        return Tail(self.keys[there], own_values, self.positions[there], self.lengths[index], self.value_dim)
 
     @classmethod
     def joined(cls, tails: list[Tail]) -> Tail:
         """One tail of the sequences of several."""
         lengths = torch.cat([tail.lengths for tail in tails])
-        joined = cls(tails[0].keys[:0], tails[0].values[:0], tails[0].positions[:0], lengths)
+        first_tail = tails[0]
+        own_values = None if first_tail.own_values is None else first_tail.own_values[:0]
+        joined = cls(first_tail.keys[:0], own_values, first_tail.positions[:0], lengths, first_tail.value_dim)
         capacity = -(-joined.width // ROOM) * ROOM
         for name, fill in _FILLS.items():
-            parts: list[Tensor] = [getattr(tail, name) for tail in tails]
+            parts: list[Tensor] = [states for tail in tails if (states := getattr(tail, name)) is not None]
+            if not parts:
+                continue
             new = empty((len(lengths), parts[0].shape[1], capacity, *parts[0].shape[3:]), like=parts[0])
             first = 0
             for part in parts:
@@ -162,4 +189,4 @@ class Tail:
         return joined
 
 
-_FILLS = {"keys": 0, "values": 0, "positions": EMPTY}  # what stands past a row's length
+_FILLS = {"keys": 0, "own_values": 0, "positions": EMPTY}  # what stands past a row's length

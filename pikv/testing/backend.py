@@ -203,6 +203,7 @@ def some_tail(each: PageCodec, lengths: Tensor) -> Tail:
         torch.randn(2, 2, room, each.layer.value_dim, generator=generator).to(each.dtype),
         torch.where(held, torch.arange(1000, 1000 + room), EMPTY).int(),
         lengths,
+        each.layer.value_dim,
     )
 
 

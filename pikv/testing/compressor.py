@@ -54,7 +54,8 @@ class CompressorConformance:
     def layers(self) -> list[LayerConfig]:
         """The layers to test with; leave out dimensions that the compressor refuses."""
         dims = ((64, 64), (128, 128), (40, 20), (192, 128))
-        return [LayerConfig(query_heads=2, kv_heads=1, key_dim=key, value_dim=value) for key, value in dims]
+        layers = [LayerConfig(query_heads=2, kv_heads=1, key_dim=key, value_dim=value) for key, value in dims]
+        return [*layers, LayerConfig(query_heads=2, kv_heads=1, key_dim=72, value_dim=64, values="key_prefix")]
 
     def error_bound(self, form: PageForm, pages: Tensor, states: Tensor, decoded: Tensor, side: Side) -> Tensor:
         """The largest allowed |states - decoded|, broadcastable to them: [n, page_size, dim], in float64.
@@ -77,6 +78,8 @@ class CompressorConformance:
                     keys[..., 0] *= 50  # an outlier channel
                     keys[..., -1] = 0.3  # constant along tokens
                     values[:, 0] = -2.0  # constant along channels
+                    if layer.values == "key_prefix":
+                        values = keys[..., : layer.value_dim]
                     steps = torch.randint(1, 1000, (pages, page_size), generator=generator)
                     positions = steps.cumsum(-1)
                     positions[:, -1] = torch.iinfo(torch.int32).max

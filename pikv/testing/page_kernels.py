@@ -144,7 +144,9 @@ def some_tail(each: PageCodec) -> tuple[Tail, NewPages]:
     values = torch.randn(*shape, layer.value_dim, generator=generator)
     keys[..., 0], values[:, :, 0], values[:, :, 1, ::2] = -0.0, 0.5, -0.0
     positions = torch.randint(0, 10_000, shape, generator=generator, dtype=torch.int32)
-    tail = Tail(keys.to(each.dtype), values.to(each.dtype), positions, torch.full(shape[:2], shape[2]))
+    tail = Tail(
+        keys.to(each.dtype), values.to(each.dtype), positions, torch.full(shape[:2], shape[2]), each.layer.value_dim
+    )
     sequence, head = torch.tensor([1, 0, 1, 1, 0]), torch.tensor([0, 1, 1, 0, 0]) % layer.kv_heads
     slots = torch.stack([torch.randperm(shape[2], generator=generator)[:page_size].sort().values for _ in sequence])
     slots[0] = torch.arange(page_size)

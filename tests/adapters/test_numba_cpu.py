@@ -78,6 +78,19 @@ class TestAffinePortable(BackendConformance):
         return AFFINE
 
 
+@pytest.mark.parametrize("compressor", [Exact(), Int8()])
+def test_values_that_keys_hold_are_left_to_torch(compressor):
+    """Kernels read values where page and tail store them, so torch serves a layer of latents, as `describe` says."""
+    layer = pikv.LayerConfig(query_heads=4, kv_heads=1, key_dim=96, value_dim=64, values="key_prefix")
+    cache = pikv.compose(
+        pikv.ModelConfig.of([layer]), compressor=compressor, page_size=32, backends=(NumbaCpu(), TorchBackend())
+    )
+    steps = cache.describe().steps
+    assert steps["seal, layers 0"] == "torch"
+    assert steps["attend, layers 0"].startswith("torch")
+    assert "KeyPrefix(dim=64)" in steps["attend, layers 0"]
+
+
 @pytest.mark.slow
 class TestMoreShapes(BackendConformance):
     """Every head_dim that models have, key_dim unlike value_dim, few query heads and many."""

@@ -94,7 +94,9 @@ def tails(draw, dtype, page_size, dim):
     positions = torch.arange(tokens, dtype=torch.int32).view(1, 1, tokens)
     slots = torch.randperm(tokens, generator=generator)[:page_size].sort().values[None]
     zero = torch.zeros(1, dtype=torch.int64)
-    return Tail(keys, values, positions, torch.tensor([[tokens]])), NewPages(sequence=zero, head=zero, slots=slots)
+    return Tail(keys, values, positions, torch.tensor([[tokens]]), values.shape[-1]), NewPages(
+        sequence=zero, head=zero, slots=slots
+    )
 
 
 @pytest.mark.property

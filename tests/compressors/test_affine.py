@@ -17,7 +17,7 @@ import pikv
 from pikv.adapters.compressors import Int2, Int4, Int8
 from pikv.core.config import DTYPES, PAGE_SIZES
 from pikv.core.exact import Exact
-from pikv.core.forms import Affine
+from pikv.core.forms import Affine, KeyPrefix
 from pikv.core.ports import Compressor
 from pikv.testing.compressor import CompressorConformance
 
@@ -26,8 +26,13 @@ FLOAT32_EPS = 2.0**-23
 HIGHEST_CODE = {Int8(): 255, Int4(): 15, Int2(): 3}
 
 
-def layer_of(key_dim, value_dim):
-    return pikv.LayerConfig(query_heads=1, kv_heads=1, key_dim=key_dim, value_dim=value_dim)
+def layer_of(key_dim, value_dim, values="stored"):
+    return pikv.LayerConfig(query_heads=1, kv_heads=1, key_dim=key_dim, value_dim=value_dim, values=values)
+
+
+def sides_of(form):
+    """The sides that have codes of their own."""
+    return ["keys"] if isinstance(form.values, KeyPrefix) else ["keys", "values"]
 
 
 def scales_and_zeros(form, pages, side):
@@ -40,7 +45,8 @@ def scales_and_zeros(form, pages, side):
 
 def half_a_scale(form, pages, states, decoded, side):
     """The bound that the compressors promise."""
-    scales, _ = scales_and_zeros(form, pages, side)
+    scales, _ = scales_and_zeros(form, pages, side if side in sides_of(form) else "keys")
+    scales = scales[..., : states.shape[-1]]
     return scales / 2 + FLOAT32_EPS * torch.maximum(states.abs(), decoded.abs())
 
 
@@ -96,9 +102,13 @@ def hard_pages(draw):
     """A compressor, a form, keys and values."""
     bits = draw(st.sampled_from(sorted(COMPRESSORS)))
     layer = layer_of(draw(st.integers(1, 40)), draw(st.integers(1, 20)) * (8 // bits))
+    if draw(st.booleans()):
+        layer = layer_of(layer.key_dim, draw(st.integers(1, layer.key_dim)), "key_prefix")
     page_size, dtype = draw(st.sampled_from(PAGE_SIZES)), draw(st.sampled_from(DTYPES))
     form = COMPRESSORS[bits].form(layer, page_size=page_size, dtype=dtype)
     keys = draw(hard_states(page_size, layer.key_dim, dtype))
+    if layer.values == "key_prefix":
+        return COMPRESSORS[bits], form, keys, keys[..., : layer.value_dim]
     return COMPRESSORS[bits], form, keys, draw(hard_states(page_size, layer.value_dim, dtype))
 
 
@@ -127,7 +137,8 @@ def test_scales_are_no_larger_than_float16_makes_them(case):
     """A scale exceeds (max - min) / (2**bits - 1) only by the rounding of the zero and of itself."""
     compressor, form, keys, values = case
     pages = encode(compressor, form, keys, values)
-    for side, states in (("keys", keys), ("values", values)):
+    for side in sides_of(form):
+        states = keys if side == "keys" else values
         encoding, axis = getattr(form, side), 1 if side == "keys" else 2
         grouped = states.double().unflatten(axis, (-1, encoding.group))
         low, high = grouped.amin(axis + 1), grouped.amax(axis + 1)
@@ -191,6 +202,8 @@ def page_by_hand(form, keys, values, positions):
             page[offset + flat * width + i] |= byte
 
     for side, rows in (("key", list(zip(*keys, strict=True))), ("value", values)):
+        if f"{side}s" not in sides_of(form):
+            continue
         encoding = getattr(form, f"{side}s")
         for row, entries in enumerate(rows):
             for start in range(0, len(entries), encoding.group):
@@ -236,7 +249,8 @@ def group_by_hand(members, bits):
 def small_pages(draw):
     """Small forms; entries with few bits, so that ties are common and float64 holds all differences."""
     bits = draw(st.sampled_from(sorted(COMPRESSORS)))
-    layer = layer_of(draw(st.sampled_from([1, 3, 8, 16])), draw(st.sampled_from([4, 12, 36])))
+    dims = draw(st.sampled_from([1, 3, 8, 16])), draw(st.sampled_from([4, 12, 36]))
+    layer = layer_of(*dims) if dims[1] > dims[0] else layer_of(*dims, draw(st.sampled_from(["stored", "key_prefix"])))
     page_size = draw(st.sampled_from(PAGE_SIZES))
     form = COMPRESSORS[bits].form(layer, page_size=page_size, dtype=torch.float32)
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
@@ -247,7 +261,8 @@ def small_pages(draw):
         whole = torch.randint(-magnitude, magnitude + 1, (page_size, dim), generator=generator)
         return (whole.double() * 2.0**exponent).float()
 
-    return COMPRESSORS[bits], form, states(layer.key_dim), states(layer.value_dim)
+    keys, values = states(layer.key_dim), states(layer.value_dim)
+    return COMPRESSORS[bits], form, keys, values if layer.values == "stored" else keys[:, : layer.value_dim]
 
 
 @pytest.mark.property
@@ -265,7 +280,9 @@ def test_decode_rounds_once(case):
     """An entry decodes to code * scale + zero, rounded to float32 once; codes are read low bits first."""
     compressor, form, keys, values = case
     pages = encode(compressor, form, keys[None], values[None])
-    for side, decoded in zip(("keys", "values"), compressor.decode(form, pages), strict=True):
+    keys, values = compressor.decode(form, pages)
+    for side in sides_of(form):
+        decoded = keys if side == "keys" else values
         encoding, packed = getattr(form, side), form.view(pages, side)[0]
         rows = decoded[0].mT if side == "keys" else decoded[0]
         codes = torch.tensor(
@@ -314,6 +331,17 @@ def test_groups_divide_the_page_and_the_value_dim(bits, page_size, value_dim, gr
     """Groups are the largest divisors up to 32 that fill whole bytes."""
     form = COMPRESSORS[bits].form(layer_of(128, value_dim), page_size=page_size, dtype=torch.float16)
     assert (form.keys.group, form.values.group) == groups
+
+
+@pytest.mark.property
+@given(hard_pages())
+def test_values_that_are_a_prefix_of_the_keys_decode_as_the_keys_do(case):
+    """They have no bytes; a page of such values has the bytes of one that stores the keys alone."""
+    compressor, form, keys, values = case
+    decoded_keys, decoded_values = compressor.decode(form, encode(compressor, form, keys, values))
+    if isinstance(form.values, KeyPrefix):
+        assert torch.equal(decoded_values, decoded_keys[..., : form.values.dim])
+        assert not [field.name for field in form.fields if field.name.startswith("value")]
 
 
 @pytest.mark.parametrize(("bits", "value_dim"), [(4, 63), (2, 30)])

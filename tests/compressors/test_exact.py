@@ -8,7 +8,7 @@ import torch
 
 from pikv import LayerConfig
 from pikv.core.exact import Exact
-from pikv.core.forms import Dense
+from pikv.core.forms import Dense, KeyPrefix
 from pikv.core.ports import Compressor
 from pikv.testing.compressor import CompressorConformance
 
@@ -24,12 +24,19 @@ class TestExact(CompressorConformance):
         assert (form.keys, form.values) == (Dense(torch.float16), Dense(torch.float16))
         assert form.stride == 33024
 
+    def test_values_that_keys_hold_take_no_bytes(self):
+        """Latents of 512 channels and 64 rotated ones, as DeepSeek has them: 64 tokens of float16 at 576 channels."""
+        layer = LayerConfig(query_heads=1, kv_heads=1, key_dim=576, value_dim=512, values="key_prefix")
+        form = self.make().form(layer, page_size=64, dtype=torch.float16)
+        assert (form.keys, form.values) == (Dense(torch.float16), KeyPrefix(512))
+        assert form.stride == 64 * 576 * 2 + 256
+
     def test_decode_copies_nothing(self):
         """Keys and values are views of the pages."""
-        sample = next(self.samples(2))
-        pages = self.encoded(sample)
-        for states in self.make().decode(sample.form, pages):
-            assert states.untyped_storage().data_ptr() == pages.untyped_storage().data_ptr()
+        for sample in self.samples(2):
+            pages = self.encoded(sample)
+            for states in self.make().decode(sample.form, pages):
+                assert states.untyped_storage().data_ptr() == pages.untyped_storage().data_ptr()
 
 
 @final
@@ -41,12 +48,13 @@ class Broken(Compressor):
 
     def form(self, layer, *, page_size, dtype):
         form = Exact().form(layer, page_size=page_size, dtype=dtype)
-        keys, values, positions = form.fields
+        keys, *others = form.fields  # values, where they are stored, then positions
+        values, positions = others if len(others) == 2 else (keys, others[0])
         if self.defect == "fields_are_aligned_and_do_not_overlap":
             values = attrs.evolve(values, offset=values.offset - 64)
         if self.defect == "form_has_the_positions_of_its_slots":
             positions = attrs.evolve(positions, dtype=torch.int64)
-        return attrs.evolve(form, fields=(keys, values, positions))
+        return attrs.evolve(form, fields=(keys, *([values] if len(others) == 2 else []), positions))
 
     def encode(self, form, keys, values, positions, out):
         before = out[:, 0].clone()

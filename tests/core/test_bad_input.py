@@ -81,6 +81,7 @@ UPDATES = {
     "float positions": ((0, torch.ones(2, 3), NEW, NEW), ["token_id must be a whole number", "got torch.float32"]),
     "list": ((0, [40, 41, 42], NEW, NEW), ["token_id must be a whole number or a tensor", "got list"]),
     "positions' shape": ((0, torch.arange(3), NEW, NEW), ["token_id must be [batch, tokens] = [2, 3]", "got [3]"]),
+    "no values": ((0, 40, NEW, None), ["v of layer 0 must be a tensor", "got NoneType", "LayerConfig.values"]),
     "NaN in k": (
         (0, 40, with_a(torch.nan, 1, 0, 2, 5), NEW),
         ["k must be finite", "got nan", "[1, 0, 2, 5] of layer 0"],

@@ -41,6 +41,8 @@ def check_refused(make, settings, parts):
         ({"softcap": 0.0}, ["softcap must be a positive number or None", "got 0.0"]),
         ({"softcap": float("inf")}, ["softcap must be a positive number or None", "got inf"]),
         ({"sinks": [0.0]}, ["sinks must have one logit for each of 4 query heads", "got 1"]),
+        ({"values": "latent"}, ["values must be 'stored' or 'key_prefix'", "got 'latent'"]),
+        ({"values": "key_prefix", "value_dim": 9}, ["value_dim must be at most key_dim = 8", "got 9"]),
     ],
 )
 def test_a_layer_is_checked(settings, parts):

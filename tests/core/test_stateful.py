@@ -16,6 +16,7 @@ MODEL = pikv.ModelConfig.of(
     [
         pikv.LayerConfig(query_heads=4, kv_heads=2, key_dim=8, value_dim=3),
         pikv.LayerConfig(query_heads=1, kv_heads=1, key_dim=5, value_dim=8, window=37, softcap=5.0, sinks=(0.5,)),
+        pikv.LayerConfig(query_heads=3, kv_heads=1, key_dim=7, value_dim=5, values="key_prefix"),
     ]
 )
 MOST_CACHES = 3
@@ -41,7 +42,8 @@ class CachesOnOnePool(RuleBasedStateMachine):
     def random(self, layer_id, batch, tokens):
         layer = MODEL.layers[layer_id]
         heads = [(layer.kv_heads, layer.key_dim), (layer.kv_heads, layer.value_dim), (layer.query_heads, layer.key_dim)]
-        return [torch.randn(batch, n, tokens, dim, generator=self.generator) for n, dim in heads]
+        k, v, q = (torch.randn(batch, n, tokens, dim, generator=self.generator) for n, dim in heads)
+        return k, v if layer.values == "stored" else k[..., : layer.value_dim], q
 
     # --- tokens
 
@@ -57,7 +59,7 @@ class CachesOnOnePool(RuleBasedStateMachine):
             k, v, q = self.random(layer_id, batch, tokens)
             before = state(cache)
             try:
-                cache.update(layer_id, positions, k, v)
+                cache.update(layer_id, positions, k, v if MODEL.layers[layer_id].values == "stored" else None)
             except pikv.PoolFullError:
                 check_state(cache, before)
                 continue
@@ -178,7 +180,7 @@ class CachesOnOnePool(RuleBasedStateMachine):
             "dtype": (layer_id, position, k.half(), v.half()),
             "nan": (layer_id, position, k * torch.nan, v),
             "batch": (layer_id, torch.full((batch, 1), position), k, v),
-            "layer": (2, position, k, v),
+            "layer": (3, position, k, v),
         }
         if plain.sequences:
             wrong["sequences"] = (layer_id, position, torch.cat([k, k]), torch.cat([v, v]))

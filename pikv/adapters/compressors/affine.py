@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pikv.core.errors import ConfigError, InputError
-from pikv.core.forms import Affine, Encoding, PageForm
+from pikv.core.forms import Affine, Arrays, Encoding, KeyPrefix, PageForm
 from pikv.core.ports import FormCompressor
 
 if TYPE_CHECKING:
@@ -26,7 +26,8 @@ class KiviLayout(FormCompressor):
     what is decoded differs from what was encoded by at most half its group's scale, and the rounding of one float32
     sum: `|x - decoded| <= scale / 2 + 2**-23 * max(|x|, |decoded|)`.
 
-    Groups are the largest that divide page_size or value_dim, fill whole bytes, and are no larger than 32.
+    Groups are the largest that divide page_size or value_dim, fill whole bytes, and are no larger than 32. Values that
+    are a prefix of the keys have no codes: they are what the keys decode to, and their groups those of the keys.
     Raises InputError, and writes nothing, for entries beyond float16's range.
     """
 
@@ -75,23 +76,26 @@ class Int2(KiviLayout):
 def affine_form(bits: int, layer: LayerConfig, page_size: int) -> PageForm:
     """The fields that `Affine` names, and positions."""
     keys = Affine(bits, _group("page_size", page_size, bits), "tokens", _order(layer.key_dim, bits))
-    values = Affine(bits, _group("value_dim", layer.value_dim, bits), "channels", _order(page_size, bits))
-    key_groups = (page_size // keys.group, layer.key_dim)
-    value_groups = (layer.value_dim // values.group, page_size)
-    return PageForm.packed(
-        page_size,
-        keys,
-        values,
-        {
-            "keys": (torch.uint8, _codes_shape(keys, layer.key_dim, page_size)),
-            "key_scales": (torch.float16, key_groups),
-            "key_zeros": (torch.float16, key_groups),
-            "values": (torch.uint8, _codes_shape(values, page_size, layer.value_dim)),
-            "value_scales": (torch.float16, value_groups),
-            "value_zeros": (torch.float16, value_groups),
-            "positions": (torch.int32, (page_size,)),
-        },
-    )
+    arrays, values = _fields("key", keys, layer.key_dim, page_size), _values_of(bits, layer, page_size)
+    if isinstance(values, Affine):
+        arrays |= _fields("value", values, page_size, layer.value_dim)
+    return PageForm.packed(page_size, keys, values, arrays | {"positions": (torch.int32, (page_size,))})
+
+
+def _values_of(bits: int, layer: LayerConfig, page_size: int) -> Affine | KeyPrefix:
+    if layer.values == "key_prefix":
+        return KeyPrefix(layer.value_dim)
+    return Affine(bits, _group("value_dim", layer.value_dim, bits), "channels", _order(page_size, bits))
+
+
+def _fields(side: str, encoding: Affine, rows: int, entries: int) -> Arrays:
+    """The arrays of `rows` rows of codes, of `entries` entries each."""
+    groups = (entries // encoding.group, rows)
+    return {
+        f"{side}s": (torch.uint8, _codes_shape(encoding, rows, entries)),
+        f"{side}_scales": (torch.float16, groups),
+        f"{side}_zeros": (torch.float16, groups),
+    }
 
 
 def _group(name: str, entries: int, bits: int) -> int:
@@ -120,10 +124,9 @@ def _codes_shape(encoding: Affine, rows: int, columns: int) -> tuple[int, ...]:
 
 def write_pages(form: PageForm, keys: Tensor, values: Tensor, positions: Tensor, out: Tensor) -> None:
     """Write pages of an affine form: keys [n, page_size, key_dim], values, positions into out uint8 [n, stride]."""
-    quantized = {
-        "key": quantize("keys", keys.mT, _affine(form.keys)),
-        "value": quantize("values", values, _affine(form.values)),
-    }
+    quantized = {"key": quantize("keys", keys.mT, _affine(form.keys))}
+    if not isinstance(form.values, KeyPrefix):
+        quantized["value"] = quantize("values", values, _affine(form.values))
     out.zero_()
     for side, (codes, scales, zeros) in quantized.items():
         form.view(out, f"{side}s").copy_(codes)
@@ -134,16 +137,16 @@ def write_pages(form: PageForm, keys: Tensor, values: Tensor, positions: Tensor,
 
 def read_pages(form: PageForm, pages: Tensor) -> tuple[Tensor, Tensor]:
     """Keys [n, page_size, key_dim] and values [n, page_size, value_dim] in float32 of pages of an affine form."""
-    keys, values = (
-        dequantize(
-            form.view(pages, f"{side}s"),
-            form.view(pages, f"{side}_scales").mT,
-            form.view(pages, f"{side}_zeros").mT,
-            _affine(encoding),
-        )
-        for side, encoding in (("key", form.keys), ("value", form.values))
-    )
-    return keys.mT, values
+    keys = _read_side(form, pages, "key", form.keys).mT
+    if isinstance(form.values, KeyPrefix):
+        return keys, form.values.of(keys)
+    return keys, _read_side(form, pages, "value", form.values)
+
+
+def _read_side(form: PageForm, pages: Tensor, side: str, encoding: Encoding) -> Tensor:
+    """[n, rows, entries] in float32."""
+    codes, scales, zeros = (form.view(pages, f"{side}{part}") for part in ("s", "_scales", "_zeros"))
+    return dequantize(codes, scales.mT, zeros.mT, _affine(encoding))
 
 
 def _affine(encoding: Encoding) -> Affine:

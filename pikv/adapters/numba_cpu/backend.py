@@ -28,7 +28,8 @@ MOST_ROWS = 8  # queries that share the reading of a page
 class NumbaCpu(Backend):
     """Kernels for Dense and Affine pages on a CPU, read where they lie. path: "portable" does without AVX-512.
 
-    None for softcaps, codes in the order "plain", and dimensions that do not fill vectors; torch serves these.
+    None for softcaps, values that are a prefix of the keys, codes in the order "plain", and dimensions that do not fill
+    vectors; torch serves these.
     """
 
     path: Path | None = None
@@ -62,7 +63,7 @@ def shape_of(codec: PageCodec, on: Machine) -> Shape | None:
     most = min(MOST_ROWS, on.sums // 2)
     rows = -(-layer.group // -(-layer.group // most))  # as few more than the group as can be
     keys, values = _field(codec, "key", form.keys, rows, on), _field(codec, "value", form.values, rows, on)
-    if keys is None or values is None or layer.softcap is not None:
+    if keys is None or values is None or layer.softcap is not None or layer.values != "stored":
         return None
     if form.page_size % on.lanes or layer.value_dim % on.lanes:
         return None

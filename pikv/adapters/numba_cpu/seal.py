@@ -25,7 +25,9 @@ def sides_of(codec: PageCodec) -> tuple[Side, Side] | None:
     form, layer, dtype = codec.form, codec.layer, codec.dtype
     keys = _side(form, "keys", form.keys, (form.page_size, layer.key_dim), dtype)
     values = _side(form, "values", form.values, (layer.value_dim, form.page_size), dtype)
-    if not isinstance(codec.compressor, FormCompressor) or dtype not in NUMBERS or keys is None or values is None:
+    if not isinstance(codec.compressor, FormCompressor) or dtype not in NUMBERS or layer.values != "stored":
+        return None
+    if keys is None or values is None:
         return None
     return keys, values
 

@@ -87,11 +87,13 @@ def _windows(model: nn.Module) -> Windows:
     return _FAMILIES[name]
 
 
-def _heads(config: Any, attention: Any) -> dict[str, int]:
+def _heads(config: Any, attention: Any) -> dict[str, Any]:
     """Heads as transformers caches them: latents, expanded heads (DeepSeek in older versions), or KV heads."""
     heads: int = config.num_attention_heads
+    dims: dict[str, Any]
     if (latent := latent_kv(attention)) is not None:
-        dims = {"kv_heads": 1, "key_dim": latent.rank + latent.rotated_part, "value_dim": latent.rank}
+        key_dim = latent.rank + latent.rotated_part
+        dims = {"kv_heads": 1, "key_dim": key_dim, "value_dim": latent.rank, "values": "key_prefix"}
     elif hasattr(attention, "qk_head_dim"):
         dims = {"kv_heads": heads, "key_dim": attention.qk_head_dim, "value_dim": attention.v_head_dim}
     else:

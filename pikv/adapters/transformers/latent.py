@@ -22,9 +22,9 @@ class LatentKV:
     rotated_part: int
     """Channels of a key that are rotated, the same for all heads."""
 
-    def join(self, latents: Tensor, rotated: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys [batch, 1, tokens, rank + rotated channels] and values [batch, 1, tokens, rank]."""
-        return torch.cat([latents, rotated], dim=-1), latents
+    def keys(self, latents: Tensor, rotated: Tensor) -> Tensor:
+        """Keys [batch, 1, tokens, rank + rotated channels], whose first `rank` channels are the values."""
+        return torch.cat([latents, rotated], dim=-1)
 
     def enter(self, module: Any, query: Tensor) -> Tensor:
         """Query [batch, heads, tokens, key_part + rotated] to [batch, heads, tokens, rank + rotated]."""

@@ -42,9 +42,10 @@ class Step:
                 f"layer {self._layer_id} took new tokens and its attention did not ask the cache: this version of "
                 "transformers does not hand the model's keywords down to it; the versions tried are in the docs"
             )
-        if self.latent is not None:
-            keys, values = self.latent.join(keys, values)
-        self.cache.update(layer_id, self.positions, keys, values)
+        if self.latent is None:
+            self.cache.update(layer_id, self.positions, keys, values)
+        else:
+            self.cache.update(layer_id, self.positions, self.latent.keys(keys, values), None)
         self._layer_id = layer_id
 
     def attend(self, module: Any, query: Tensor, **settings: Any) -> Tensor:

@@ -31,7 +31,8 @@ class Compressor(abc.ABC):
     def encode(self, form: PageForm, keys: Tensor, values: Tensor, positions: Tensor, out: Tensor) -> None:
         """Write n pages into out uint8 [n, form.stride]; changes nothing else.
 
-        keys [n, page_size, key_dim], values [n, page_size, value_dim], positions int32 [n, page_size].
+        keys [n, page_size, key_dim], values [n, page_size, value_dim], positions int32 [n, page_size]. In a layer whose
+        values are a key_prefix they come as a view of the keys; a form need not store them (`KeyPrefix`).
         """
 
     @abc.abstractmethod

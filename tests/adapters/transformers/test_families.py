@@ -71,13 +71,19 @@ def test_sliding_layers_keep_their_window(models, pad, pikv_talk):
 
 
 def test_latents_are_stored_where_transformers_caches_them(models, pad, pikv_talk):
-    """Newer versions cache DeepSeek's latents: one KV head, never expanded."""
+    """Newer versions cache DeepSeek's latents: one KV head, never expanded, and stored once, as key and as value."""
     model = models("deepseek_v3")
     layer = model_config(model).layers[0]
     if not hasattr(model.base_model.layers[0].self_attn, "expand_kv"):
         assert (layer.kv_heads, layer.key_dim, layer.value_dim) == (4, 24, 24)
         pytest.skip(f"transformers {transformers.__version__} caches DeepSeek's heads expanded; latents need 5.24")
     assert (layer.kv_heads, layer.key_dim, layer.value_dim) == (1, 32 + 8, 32)
+    talk = pikv_talk(model)
+    talk.says(*pad(100, [0]), max_new_tokens=1)
+    pages = (100 - 16) // 16
+    assert talk.cache.pikv.stored_bytes().pages == 3 * pages * 16 * 4 * (40 + 1)  # layers; float32, and a position
+    context = talk.cache.pikv.retrieve(0)
+    assert torch.equal(context.values, context.keys[..., :32])
 
 
 def test_keys_are_unrotated(family_model):
