@@ -35,3 +35,19 @@ class PoolFullError(PiKVError, MemoryError):
 
 class TransportError(PiKVError, OSError):
     """A collective that failed; names the operation and the rank."""
+
+
+class TierError(PiKVError, OSError):
+    """A memory tier that could not write or read: a full disk, a broken device, a time-out."""
+
+
+class TierFullError(PiKVError, MemoryError):
+    """A memory tier that has no room for a batch of pages."""
+
+
+class PageLostError(PiKVError, LookupError):
+    """A page that is not where it was put, or not as it was: it must be computed again."""
+
+
+class WaitTimeoutError(PiKVError, TimeoutError):
+    """Work on pages that was not finished in the time that its caller would wait. It goes on."""

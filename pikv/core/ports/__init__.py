@@ -14,6 +14,7 @@ from pikv.core.ports.backend import (
 )
 from pikv.core.ports.compressor import Compressor, FormCompressor
 from pikv.core.ports.full_pool import FullPool
+from pikv.core.ports.memory_tier import AddressableTier, Done, MemoryTier, Ticket
 from pikv.core.ports.router import Observation, Router, RouterState, Routing
 from pikv.core.ports.selector import (
     IndexForm,
@@ -28,16 +29,19 @@ from pikv.core.ports.sharding import Sharding
 from pikv.core.ports.transport import Transport
 
 __all__ = [
+    "AddressableTier",
     "Allocator",
     "AttendKernel",
     "Backend",
     "ChooseKernel",
     "Compressor",
+    "Done",
     "FormCompressor",
     "FullPool",
     "IndexForm",
     "IndexMeaning",
     "IndexedPages",
+    "MemoryTier",
     "NeedsRotary",
     "NewPages",
     "Observation",
@@ -52,6 +56,7 @@ __all__ = [
     "SealKernel",
     "Sharding",
     "StepKernel",
+    "Ticket",
     "TokenSelector",
     "Transport",
 ]
