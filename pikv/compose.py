@@ -27,7 +27,22 @@ from pikv.core.ports import (
     Transport,
 )
 from pikv.core.torch_backend import TorchBackend
-from pikv.policies import EvictOldest, Importance, LatencyAware, Pyramid, Quest, Recent, TokenRange, TopK, Uniform
+from pikv.policies import (
+    TOVA,
+    EvictOldest,
+    Importance,
+    KeyDiff,
+    KeyNorm,
+    LagKV,
+    LatencyAware,
+    Pyramid,
+    Quest,
+    Recent,
+    SnapKV,
+    TokenRange,
+    TopK,
+    Uniform,
+)
 
 _PARTS: dict[str, dict[str, Callable[..., Any]]] = {
     "allocator": {"pyramid": Pyramid, "uniform": Uniform},
@@ -35,7 +50,17 @@ _PARTS: dict[str, dict[str, Callable[..., Any]]] = {
     "router": {"latency_aware": LatencyAware, "top_k": TopK},
     "shard_by": {"token_range": TokenRange},
     "page_selector": {"quest": Quest},
-    "token_selector": {"importance": Importance, "keep_all": KeepAll, "recent": Recent},
+    "token_selector": {
+        "importance": Importance,
+        "keep_all": KeepAll,
+        "keydiff": KeyDiff,
+        "key_norm": KeyNorm,
+        "lagkv": LagKV,
+        "recent": Recent,
+        "snapkv": SnapKV,
+        "streaming_llm": Recent,  # the paper's name
+        "tova": TOVA,
+    },
     "when_full": {"evict_oldest": EvictOldest, "refuse": Refuse},
 }
 _NUMBERS = ("budget_tokens", "page_size", "tail_tokens")

@@ -3,23 +3,33 @@
 from pikv.core.exact import KeepAll, Refuse
 from pikv.policies.evict_oldest import EvictOldest
 from pikv.policies.importance import Importance
+from pikv.policies.key_norm import KeyNorm
+from pikv.policies.keydiff import KeyDiff
+from pikv.policies.lagkv import LagKV
 from pikv.policies.latency_aware import LatencyAware
 from pikv.policies.pyramid import Pyramid
 from pikv.policies.quest import Quest
 from pikv.policies.recent import Recent
+from pikv.policies.snapkv import SnapKV
 from pikv.policies.token_range import TokenRange
 from pikv.policies.top_k import TopK
+from pikv.policies.tova import TOVA
 from pikv.policies.uniform import Uniform
 
 __all__ = [
+    "TOVA",
     "EvictOldest",
     "Importance",
     "KeepAll",
+    "KeyDiff",
+    "KeyNorm",
+    "LagKV",
     "LatencyAware",
     "Pyramid",
     "Quest",
     "Recent",
     "Refuse",
+    "SnapKV",
     "TokenRange",
     "TopK",
     "Uniform",

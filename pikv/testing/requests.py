@@ -96,7 +96,8 @@ def stored_tokens(draw: st.DrawFn, window: int) -> StoredTokens:
     shape = (sequences, kv_heads, tokens)
     steps = draw(whole_numbers(shape, 1, 3))
     present = draw(whole_numbers(shape, 0, draw(st.integers(0, 2)))) == 0  # all, half of them or one in three
-    positions = (steps.cumsum(-1) - 1).masked_fill(~present, -1).int()
+    first = present.logical_not().int().sort(dim=-1, stable=True).indices  # rows are filled from their start on
+    positions = (steps.cumsum(-1) - 1).masked_fill(~present, -1).int().gather(-1, first)
     last = positions.flatten(1).amax(1) if tokens else torch.full((sequences,), -1)
     asked = (last[:, None] - torch.arange(window).flip(0)).clamp(min=-1).long()
     generator = torch.Generator().manual_seed(draw(st.integers(0, 1000)))

@@ -1,0 +1,140 @@
+"""Token selectors from papers: each score against its formula, worked out by hand or by plain loops."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import attrs
+import pytest
+import torch
+from hypothesis import given
+
+import pikv
+from pikv import ConfigError
+from pikv.core.ports import TokenSelector
+from pikv.policies import TOVA, KeyDiff, KeyNorm, LagKV, SnapKV
+from pikv.testing.requests import StoredTokens, stored_tokens
+from pikv.testing.token_selector import TokenSelectorConformance
+
+pytestmark = pytest.mark.property
+
+
+def stored(keys: torch.Tensor, **others: torch.Tensor) -> StoredTokens:
+    """Tokens at positions from 0 on; keys [sequences, kv_heads, tokens, dim], all else zeros unless given."""
+    sequences, kv_heads, tokens, dim = keys.shape
+    queries = others.get("queries", torch.zeros(sequences, kv_heads, 1, dim))
+    asked = torch.arange(tokens - queries.shape[2], tokens).expand(sequences, -1)
+    return StoredTokens(
+        layer=pikv.LayerConfig(query_heads=queries.shape[1], kv_heads=kv_heads, key_dim=dim, value_dim=dim),
+        positions=torch.arange(tokens).int().expand(sequences, kv_heads, -1),
+        keys=keys,
+        values=others.get("values", torch.zeros_like(keys)),
+        queries=queries,
+        asked=asked,
+    )
+
+
+def scores(selector: TokenSelector, keys: Any, **others: torch.Tensor) -> list[float]:
+    """The scores of one row, keys [tokens, dim]."""
+    view = stored(torch.as_tensor(keys)[None, None], **others).view()
+    return [round(score, 5) for score in selector.score(view).flatten().tolist()]
+
+
+class TestKeyNorm(TokenSelectorConformance):
+    def make(self) -> KeyNorm:
+        return KeyNorm()
+
+    def test_by_hand(self):
+        """-|k|: the shortest key is the last to leave."""
+        assert scores(KeyNorm(), [[3.0, 4.0], [0.0, 1.0], [0.0, 0.0]]) == [-5, -1, 0]
+
+
+class TestKeyDiff(TokenSelectorConformance):
+    def make(self) -> KeyDiff:
+        return KeyDiff()
+
+    def test_by_hand(self):
+        """The mean of the directions (1, 0), (1, 0) and (0, 1) points along (2, 1); lengths do not matter."""
+        expected = [round(-x / math.sqrt(5), 5) for x in (2, 2, 1)]
+        assert scores(KeyDiff(), [[1.0, 0.0], [7.0, 0.0], [0.0, 2.0]]) == expected
+
+
+class TestSnapKV(TokenSelectorConformance):
+    def make(self) -> SnapKV:
+        return SnapKV(window=3)
+
+    def test_by_hand(self):
+        """Two queries see e^0, e^0, e^log(2): 1/4, 1/4, 1/2 of it before the window, pooled by threes."""
+        keys = torch.tensor([[0.0], [0.0], [math.log(2)], [-100.0], [-100.0]])
+        queries = torch.ones(1, 1, 2, 1)
+        pooled = [(0 + 0.25 + 0.25) / 3, (0.25 + 0.25 + 0.5) / 3, (0.25 + 0.5 + 0) / 3]
+        got = scores(SnapKV(window=2, kernel=3), keys, queries=queries)
+        assert got == [*(round(mean, 5) for mean in pooled), 2, 2]
+
+    @given(drawn=stored_tokens(3))
+    def test_the_window_is_above_all(self, drawn: StoredTokens):
+        """Tokens at or past the oldest of the newest queries outscore the others."""
+        got = SnapKV(window=3).score(drawn.view())
+        oldest = drawn.asked.masked_fill(drawn.asked < 0, 1000).amin(-1)[:, None, None]
+        assert bool(((got > 1) == (drawn.positions >= oldest))[drawn.present].all())
+
+    def test_the_window_stays(self):
+        """Its tokens are the recent ones of the cache."""
+        assert SnapKV(window=7).recent == 7
+
+
+class TestTOVA(TokenSelectorConformance):
+    def make(self) -> TOVA:
+        return TOVA()
+
+    def test_by_hand(self):
+        """Two heads of one query give (1/2, 1/2) and (1/5, 4/5): their mean, in both rows."""
+        keys = torch.tensor([[[0.0], [0.0]], [[0.0], [math.log(4)]]])[None]
+        got = TOVA().score(stored(keys, queries=torch.ones(1, 2, 1, 1)).view())
+        torch.testing.assert_close(got, torch.tensor([[[0.35, 0.65], [0.35, 0.65]]]))
+
+    def test_rows_that_hold_other_tokens(self):
+        """A token of one row alone gets what that row's heads give it, halved."""
+        keys = torch.zeros(1, 2, 2, 1)
+        view = stored(keys, queries=torch.ones(1, 2, 1, 1))
+        rows = attrs.evolve(view, positions=torch.tensor([[[0, 3], [1, 3]]]).int(), asked=torch.tensor([[3]]))
+        got = TOVA().score(rows.view())
+        torch.testing.assert_close(got, torch.tensor([[[0.25, 0.5], [0.25, 0.5]]]))
+
+
+class TestLagKV(TokenSelectorConformance):
+    def make(self) -> LagKV:
+        return LagKV(lag=2, sinks=1)
+
+    def test_by_hand(self):
+        """On the scale of the next stretch (0..1, 0..2) the keys are (0, 1) and (1, 1): the first spreads wider."""
+        keys = [[9.0, 9.0], [0.0, 2.0], [1.0, 2.0], [0.0, 0.0], [1.0, 2.0], [5.0, 5.0]]
+        assert scores(LagKV(lag=2, sinks=1), keys) == [1, 0.5, 0, 1, 1, 1]
+
+    def test_a_short_row_stays(self):
+        """Less than two stretches beyond the sinks have nothing to be compared with."""
+        assert scores(LagKV(lag=2, sinks=1), [[1.0], [2.0], [3.0], [4.0]]) == [1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("part", [KeyNorm, KeyDiff, SnapKV, TOVA, LagKV])
+@pytest.mark.parametrize("wrong", [-1, 2.5])
+def test_counts_that_cannot_work_are_refused(part, wrong):
+    """The message names the part and its field."""
+    with pytest.raises(ConfigError, match=f"sinks of {part.__name__} must be a whole number"):
+        part(sinks=wrong)
+
+
+@pytest.mark.parametrize("name", ["key_norm", "keydiff", "lagkv", "snapkv", "streaming_llm", "tova"])
+def test_they_hold_a_budget(name):
+    """Each composes by its name, and a prompt and decoded tokens keep to the budget."""
+    model = pikv.ModelConfig(layers=1, query_heads=4, kv_heads=2, head_dim=8)
+    names = {"token_selector": name, "budget_tokens": 96, "page_size": 16, "tail_tokens": 64}
+    cache = pikv.PiKVCache(model, pikv.runtime_from(names, model))
+    generator = torch.Generator().manual_seed(1)
+    for first, tokens in [(0, 200), (200, 200), *((400 + i, 1) for i in range(20))]:
+        k, v = torch.randn(2, 1, 2, tokens, 8, generator=generator)
+        cache.update(0, first, k, v)
+        cache.attend(0, torch.randn(1, 4, tokens, 8, generator=generator))
+    assert int(cache.retrieve(0).mask.sum(-1).max()) <= 96
+    assert int(cache.retrieve(0).mask.sum(-1).min()) > 64
