@@ -28,7 +28,6 @@ from pikv.core.ports import (
 )
 from pikv.core.torch_backend import TorchBackend
 from pikv.policies import (
-    TOVA,
     EvictOldest,
     Importance,
     KeyDiff,
@@ -41,6 +40,7 @@ from pikv.policies import (
     SnapKV,
     TokenRange,
     TopK,
+    Tova,
     Uniform,
 )
 
@@ -59,7 +59,7 @@ _PARTS: dict[str, dict[str, Callable[..., Any]]] = {
         "recent": Recent,
         "snapkv": SnapKV,
         "streaming_llm": Recent,  # the paper's name
-        "tova": TOVA,
+        "tova": Tova,
     },
     "when_full": {"evict_oldest": EvictOldest, "refuse": Refuse},
 }

@@ -13,11 +13,10 @@ from pikv.policies.recent import Recent
 from pikv.policies.snapkv import SnapKV
 from pikv.policies.token_range import TokenRange
 from pikv.policies.top_k import TopK
-from pikv.policies.tova import TOVA
+from pikv.policies.tova import Tova
 from pikv.policies.uniform import Uniform
 
 __all__ = [
-    "TOVA",
     "EvictOldest",
     "Importance",
     "KeepAll",
@@ -32,5 +31,6 @@ __all__ = [
     "SnapKV",
     "TokenRange",
     "TopK",
+    "Tova",
     "Uniform",
 ]

@@ -14,7 +14,7 @@ from pikv.policies.settings import at_least
 
 @final
 @attrs.frozen(kw_only=True)
-class TOVA(QueryTokenSelector):
+class Tova(QueryTokenSelector):
     """Keep what the newest query attends to, averaged over all heads. Source: TOVA, arXiv 2401.06104, section 4.
 
     All KV heads of a layer keep the same tokens as long as they have the same budget: a token's score is the mean over

@@ -13,7 +13,7 @@ from hypothesis import given
 import pikv
 from pikv import ConfigError
 from pikv.core.ports import TokenSelector
-from pikv.policies import TOVA, KeyDiff, KeyNorm, LagKV, SnapKV
+from pikv.policies import KeyDiff, KeyNorm, LagKV, SnapKV, Tova
 from pikv.testing.requests import StoredTokens, stored_tokens
 from pikv.testing.token_selector import TokenSelectorConformance
 
@@ -84,14 +84,14 @@ class TestSnapKV(TokenSelectorConformance):
         assert SnapKV(window=7).recent == 7
 
 
-class TestTOVA(TokenSelectorConformance):
-    def make(self) -> TOVA:
-        return TOVA()
+class TestTova(TokenSelectorConformance):
+    def make(self) -> Tova:
+        return Tova()
 
     def test_by_hand(self):
         """Two heads of one query give (1/2, 1/2) and (1/5, 4/5): their mean, in both rows."""
         keys = torch.tensor([[[0.0], [0.0]], [[0.0], [math.log(4)]]])[None]
-        got = TOVA().score(stored(keys, queries=torch.ones(1, 2, 1, 1)).view())
+        got = Tova().score(stored(keys, queries=torch.ones(1, 2, 1, 1)).view())
         torch.testing.assert_close(got, torch.tensor([[[0.35, 0.65], [0.35, 0.65]]]))
 
     def test_rows_that_hold_other_tokens(self):
@@ -99,7 +99,7 @@ class TestTOVA(TokenSelectorConformance):
         keys = torch.zeros(1, 2, 2, 1)
         view = stored(keys, queries=torch.ones(1, 2, 1, 1))
         rows = attrs.evolve(view, positions=torch.tensor([[[0, 3], [1, 3]]]).int(), asked=torch.tensor([[3]]))
-        got = TOVA().score(rows.view())
+        got = Tova().score(rows.view())
         torch.testing.assert_close(got, torch.tensor([[[0.25, 0.5], [0.25, 0.5]]]))
 
 
@@ -117,7 +117,7 @@ class TestLagKV(TokenSelectorConformance):
         assert scores(LagKV(lag=2, sinks=1), [[1.0], [2.0], [3.0], [4.0]]) == [1, 1, 1, 1]
 
 
-@pytest.mark.parametrize("part", [KeyNorm, KeyDiff, SnapKV, TOVA, LagKV])
+@pytest.mark.parametrize("part", [KeyNorm, KeyDiff, SnapKV, Tova, LagKV])
 @pytest.mark.parametrize("wrong", [-1, 2.5])
 def test_counts_that_cannot_work_are_refused(part, wrong):
     """The message names the part and its field."""
