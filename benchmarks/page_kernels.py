@@ -44,6 +44,12 @@ class Work:
     contestants: list[Contestant]
 
 
+def codec_of(compressor: Compressor) -> PageCodec:
+    """Pages of the layer, in float32 where numbers are stored."""
+    form = compressor.form(LAYER, page_size=PAGE_SIZE, dtype=torch.float32)
+    return PageCodec(compressor=compressor, layer=LAYER, form=form)
+
+
 def choosing(tokens: int) -> Work:
     """2048 of so many tokens, by an index in the order that sealing gives it."""
     selector, pages = Quest(pages=2048 // PAGE_SIZE), tokens // PAGE_SIZE
@@ -56,7 +62,7 @@ def choosing(tokens: int) -> Work:
     query = torch.randn(1, KV_HEADS, LAYER.group, HEAD_DIM)
     contestants = []
     for name, backend in BACKENDS.items():
-        kernel = backend.choose(selector, LAYER, CPU)
+        kernel = backend.choose(selector, codec_of(Exact()), CPU)
         assert kernel is not None
         run = lambda copy, kernel=kernel: kernel(query, indexed[copy])  # noqa: E731  # a default binds the kernel
         contestants.append(Contestant(name=name, run=run, copies=copies, nbytes=nbytes))
@@ -65,8 +71,8 @@ def choosing(tokens: int) -> Work:
 
 def sealing(name: str) -> Work:
     """Tokens of the tail become pages in this encoding, with Quest's index."""
-    form = COMPRESSORS[name].form(LAYER, page_size=PAGE_SIZE, dtype=torch.float32)
-    codec = PageCodec(compressor=COMPRESSORS[name], layer=LAYER, form=form)
+    codec = codec_of(COMPRESSORS[name])
+    form = codec.form
     keys, values = torch.randn(2, 1, KV_HEADS, SEALED_TOKENS, HEAD_DIM)
     positions = torch.arange(SEALED_TOKENS, dtype=torch.int32).expand(1, KV_HEADS, -1).contiguous()
     tail = Tail(keys, values, positions, torch.full((1, KV_HEADS), SEALED_TOKENS), values.shape[-1])

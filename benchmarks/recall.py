@@ -102,9 +102,9 @@ class CountingBackend(Backend):
 
         return counted
 
-    def choose(self, selector: PageSelector, layer: pikv.LayerConfig, device: torch.device) -> ChooseKernel:
+    def choose(self, selector: PageSelector, codec: PageCodec, device: torch.device) -> ChooseKernel:
         """The torch kernel."""
-        return TorchBackend().choose(selector, layer, device)
+        return TorchBackend().choose(selector, codec, device)
 
     def seal(self, codec: PageCodec, selector: PageSelector | None, device: torch.device) -> SealKernel:
         """The torch kernel."""

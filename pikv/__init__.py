@@ -18,6 +18,7 @@ from pikv.core.errors import (
     UnknownNameError,
     WaitTimeoutError,
 )
+from pikv.core.page_reads import LayerReads, PageReads
 from pikv.core.pool import PagePool
 from pikv.core.reports import Description, StoredBytes
 from pikv.core.rotary import Rotary
@@ -32,9 +33,11 @@ __all__ = [
     "InputError",
     "LayerConfig",
     "LayerError",
+    "LayerReads",
     "ModelConfig",
     "PageLostError",
     "PagePool",
+    "PageReads",
     "Partial",
     "PiKVCache",
     "PiKVError",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from pikv.core.errors import ConfigError, InputError, StateError
 from pikv.core.exact import Refuse
 from pikv.core.layer import PADDING, LayerCache
 from pikv.core.modes import keeps_numbers
+from pikv.core.page_reads import PageReads, ReadCounter
 from pikv.core.pool import PagePool
 from pikv.core.ports.router import Routing
 from pikv.core.ports.selector import QueryTokenSelector
@@ -49,6 +51,7 @@ class PiKVCache:
         for served in self._served:
             self.pool.check_serves(served.codec, self.runtime.page_selector)
         self._layers: dict[int, LayerCache] = {}
+        self._reads = ReadCounter(self.runtime.page_selector)
         self._prefilling = True
         weakref.finalize(self, _abandon, self._layers)
 
@@ -98,18 +101,7 @@ class PiKVCache:
         if settling finds no room, in which case the layer is as before and `attend` may be called again.
         """
         layer = self._read_layer(layer_id)
-        config = layer.config
-        tokens = layer.queried.shape[1]
-        if q.dim() == 4 and q.shape[2] and not tokens:
-            raise StateError(f"layer {layer_id}: its last update brought no tokens, or was cropped; call update first")
-        shape = (layer.sequences, config.query_heads, tokens, config.key_dim)
-        checks.tensor(self.model, "q", q, shape, "batch, query_heads, tokens of the last update, head_dim")
-        if layer.settled and tokens > 1:
-            raise StateError(
-                f"layer {layer_id} has been settled since its last update of {tokens} tokens, by attend or by "
-                "finish_prefill, so they may be sealed; call attend once after each update, or retrieve for an "
-                "attention of your own"
-            )
+        checks.queries(self.model, layer, q)
         # An answer waits if settling raised after the other places were asked, who will not be asked again.
         output = self._answer(layer, q) if layer.answer is None else layer.answer
         if not layer.settled:
@@ -120,7 +112,7 @@ class PiKVCache:
     def _answer(self, layer: LayerCache, q: Tensor) -> Tensor:
         grouped = q.reshape(q.shape[0], layer.config.kv_heads, layer.config.group, *q.shape[2:])
         served, selector = self._served[layer.layer_id], self.runtime.token_selector
-        stored = reading.attend(layer, served, grouped, layer.asked_from(), self.runtime.page_selector)
+        stored = reading.attend(layer, served, grouped, layer.asked_from(), self._reads)
         partial = reading.with_sinks(layer, places.merged(self.runtime, stored))
         output = partial.output.flatten(1, 2).to(q.dtype)
         if layer.padded:
@@ -297,15 +289,7 @@ class PiKVCache:
         """
         end = checks.ends(tokens, self.sequences)
         for layer in self._layers.values():
-            window = layer.config.window
-            if window is None:
-                continue
-            missed = torch.minimum(layer.forgotten, end - 1) > (end - window).clamp(min=-1)
-            if bool((missed & (end <= layer.last)).any()):
-                raise StateError(
-                    f"layer {layer.layer_id}: its window of {window} has dropped tokens up to positions "
-                    f"{layer.forgotten.tolist()}, which a query at {end.tolist()} would see; crop less, or fork before"
-                )
+            checks.seen_from(layer, end)
         for layer in self._layers.values():
             if bool((end <= layer.last).any()):
                 settling.crop(layer, end)
@@ -314,20 +298,29 @@ class PiKVCache:
         """Forget everything; the next update may bring another batch."""
         _release(self._layers)
         self._layers.clear()
+        self._reads = ReadCounter(self.runtime.page_selector)
         self._prefilling = True
 
     # --- reports
 
     def stored_bytes(self) -> StoredBytes:
         """The bytes that this cache holds, read from its storages."""
-        pages = tables = tail = indexes = 0
-        for layer in self._layers.values():
-            held = layer.table.held().unique()
-            pages += len(held) * self.pool.slab(layer.codec.form).stride(0)
-            tables += layer.table.nbytes + len(held) * self.pool.bytes_a_page
-            tail += layer.tail.nbytes + (0 if layer.newest_queries is None else layer.newest_queries.nbytes)
-            indexes += len(held) * self.pool.index_bytes_a_page(layer.codec.form)
-        return StoredBytes(pages=pages, tail=tail, indexes=indexes, tables=tables)
+        return StoredBytes.of(self._layers.values())
+
+    def page_reads(self) -> PageReads:
+        """What the tokens decoded since the cache was made, or reset, have read of the sealed pages, layer by layer.
+
+        Raises ConfigError without a page selector: everything is read.
+        """
+        return self._reads.report(self._served, self.pool)
+
+    def auditing_reads(self) -> AbstractContextManager[None]:
+        """While this is open, what decoded tokens leave out is measured too: `page_reads` has the true share.
+
+        Attention runs over everything beside what is read, so decoding is slower; its answers are the same. Raises
+        ConfigError without a page selector.
+        """
+        return self._reads.auditing()
 
     def describe(self) -> Description:
         """Which parts are composed, and which backend attends in each layer."""

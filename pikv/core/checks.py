@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pikv.core.config import LayerConfig, ModelConfig
-from pikv.core.errors import InputError, LayerError
+from pikv.core.errors import InputError, LayerError, StateError
 from pikv.core.layer import LayerCache
 
 _LARGEST_POSITION = torch.iinfo(torch.int32).max
@@ -74,6 +74,21 @@ def _finite(name: str, states: Tensor, layer_id: int) -> None:
         )
 
 
+def queries(model: ModelConfig, held: LayerCache, q: Tensor) -> None:
+    """Raise unless q is of the last update's tokens, and these may still be asked about."""
+    config, tokens = held.config, held.queried.shape[1]
+    if q.dim() == 4 and q.shape[2] and not tokens:
+        raise StateError(f"layer {held.layer_id}: its last update brought no tokens, or was cropped; call update first")
+    shape = (held.sequences, config.query_heads, tokens, config.key_dim)
+    tensor(model, "q", q, shape, "batch, query_heads, tokens of the last update, head_dim")
+    if held.settled and tokens > 1:
+        raise StateError(
+            f"layer {held.layer_id} has been settled since its last update of {tokens} tokens, by attend or by "
+            "finish_prefill, so they may be sealed; call attend once after each update, or retrieve for an attention "
+            "of your own"
+        )
+
+
 def positions(token_id: int | Tensor, batch: int, tokens: int) -> Tensor:
     """Positions int64 [batch, tokens] on the CPU, increasing along a sequence; below 0 for padding."""
     if isinstance(token_id, int):
@@ -134,6 +149,19 @@ def ends(tokens: int | Tensor, sequences: int) -> Tensor:
     if bool((end < 0).any()):
         raise InputError(f"tokens must not be negative, got {end.tolist()}; it is the first position to forget")
     return end.long().expand(sequences)
+
+
+def seen_from(held: LayerCache, end: Tensor) -> None:
+    """Raise if a window has dropped what a query at `end`, int64 [sequences], would see after a crop."""
+    window = held.config.window
+    if window is None:
+        return
+    missed = torch.minimum(held.forgotten, end - 1) > (end - window).clamp(min=-1)
+    if bool((missed & (end <= held.last)).any()):
+        raise StateError(
+            f"layer {held.layer_id}: its window of {window} has dropped tokens up to positions "
+            f"{held.forgotten.tolist()}, which a query at {end.tolist()} would see; crop less, or fork before"
+        )
 
 
 def index(ids: Tensor | list[int], sequences: int, name: str) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pikv.core.config import LayerConfig
 from pikv.core.pool import PagePool
-from pikv.core.ports.backend import IndexedPages, PageCodec, Pages
+from pikv.core.ports.backend import Choice, IndexedPages, PageCodec, Pages
 from pikv.core.query_window import QueryWindow
 from pikv.core.tables import ABSENT, PageTable, all_live, live_slots, pack_slots
 from pikv.core.tail import EMPTY, Tail
@@ -151,10 +151,13 @@ class LayerCache:
             )
         return self._pages
 
-    def some_pages(self, columns: Tensor) -> Pages:
-        """The pages at columns int64 [sequences, kv_heads, n] of each row."""
-        everything = self.pages()
+    def some_pages(self, choice: Choice) -> Pages:
+        """The pages that each row reads."""
+        everything, columns = self.pages(), choice.columns
         rows, live = everything.rows.gather(-1, columns), everything.live.gather(-1, columns)
+        if bool((choice.reads < columns.shape[-1]).any()):
+            unread = torch.arange(columns.shape[-1], device=live.device) >= choice.reads.to(live.device)[..., None]
+            live = live.masked_fill(unread, 0)
         return Pages(slab=everything.slab, rows=rows, live=live, run=None)
 
     def indexed_pages(self) -> IndexedPages:

@@ -73,7 +73,7 @@ class PagePool:
         most_pages = self.capacity_bytes // min(form.stride for form in self._slabs)
         indexes = {}
         for layer in model.layers:
-            form, wanted = runtime.form(layer, model.dtype), runtime.page_selector.index_form(layer)
+            form, wanted = runtime.form(layer, model.dtype), runtime.page_selector.index_form(layer, runtime.page_size)
             stride = math.prod(wanted.shape) * wanted.dtype.itemsize
             if form not in indexes:
                 flat = reserve(most_pages, stride, self.device).tensor
@@ -177,7 +177,8 @@ class PagePool:
         """Raise ConfigError unless the pool has pages of the codec's form, indexed as the page selector wants."""
         self._form_slab(codec.form)
         if page_selector is not None:
-            wanted, index = page_selector.index_form(codec.layer), self._indexes.get(codec.form)
+            wanted = page_selector.index_form(codec.layer, codec.form.page_size)
+            index = self._indexes.get(codec.form)
             if index is None or (index.dtype, index.shape[1:]) != (wanted.dtype, wanted.shape):
                 raise ConfigError(
                     f"pool: it keeps no index as {type(page_selector).__name__} needs it; build it from the same model "

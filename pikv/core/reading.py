@@ -11,31 +11,30 @@ from torch import Tensor
 from pikv.core import attention, fused
 from pikv.core.attention import Partial
 from pikv.core.layer import LayerCache
-from pikv.core.ports.backend import Pages, StepKernel
-from pikv.core.ports.selector import PageSelector
+from pikv.core.page_reads import ReadCounter, left_out
+from pikv.core.ports.backend import Choice, ChooseKernel, Pages, StepKernel
+from pikv.core.ports.selector import MassSelector, PageSelector
 from pikv.core.serving import Served
 from pikv.core.tail import EMPTY
 
 SCORES_AT_ONCE = 1 << 21  # entries of the mask that a prompt's attention holds at a time, where it needs one
 
 
-def attend(
-    layer: LayerCache, served: Served, query: Tensor, positions: Tensor, page_selector: PageSelector | None
-) -> Partial:
+def attend(layer: LayerCache, served: Served, query: Tensor, positions: Tensor, reads: ReadCounter) -> Partial:
     """Attention over the stored tokens of a layer.
 
     query [sequences, kv_heads, group, tokens, key_dim] at positions int64 [sequences, tokens], the last update's.
-    page_selector: chooses the sealed pages that a query of one token reads; None reads all, as a prompt does. The
-    Partial has the shape [sequences, kv_heads, group, tokens, ...]. Sealed pages are older than every query, so
-    causality concerns the tail only.
+    reads: has the selector of the sealed pages that a query of one token reads, if any, and counts them; a prompt reads
+    all. The Partial has the shape [sequences, kv_heads, group, tokens, ...]. Sealed pages are older than every
+    query, so causality concerns the tail only.
     """
     if isinstance(served.attend, StepKernel) and query.shape[3] == 1:
-        pages = _pages_to_read(layer, served, query, page_selector) if layer.table.width else None
+        pages = _pages_to_read(layer, served, query, positions, reads) if layer.table.width else None
         step = served.attend.step(query[:, :, :, 0], pages, layer.tail, oldest=_window(layer, positions))
         return Partial(step.output.unsqueeze(3), step.log_sum_exp.unsqueeze(3))
     parts = [_attend_tail(layer, query, positions)]
     if layer.table.width:
-        pages = _pages_to_read(layer, served, query, page_selector)
+        pages = _pages_to_read(layer, served, query, positions, reads)
         folded = served.attend(query.flatten(2, 3), pages, oldest=_oldest(layer, positions))
         parts.append(_unfold(folded, query))
     return attention.merge(parts)
@@ -55,12 +54,40 @@ def _sink_logits(sinks: tuple[float, ...], device: torch.device) -> Tensor:
     return torch.tensor(sinks, device=device)
 
 
-def _pages_to_read(layer: LayerCache, served: Served, query: Tensor, selector: PageSelector | None) -> Pages:
+def _pages_to_read(layer: LayerCache, served: Served, query: Tensor, positions: Tensor, reads: ReadCounter) -> Pages:
+    selector = reads.selector
     if selector is None or served.choose is None or query.shape[3] != 1:
         return layer.pages()
-    if layer.layer_id < selector.dense_layers or layer.table.width <= selector.pages:
+    counter, stored = reads.layer(layer.layer_id), int(layer.table.counts.sum())
+    fixed = not isinstance(selector, MassSelector) or selector.mass is None
+    if layer.layer_id < selector.dense_layers or (fixed and layer.table.width <= selector.pages):
+        counter.read_all(stored)
+        if reads.audits:
+            counter.audit(0.0)
         return layer.pages()
-    return layer.some_pages(served.choose(query[:, :, :, 0], layer.indexed_pages()))
+    choice = _choose(layer, served.choose, query, positions, selector)
+    counter.read_some(choice, stored)
+    if reads.audits:
+        counter.audit(_left_out(layer, served, query, positions, choice))
+    return layer.some_pages(choice)
+
+
+def _choose(
+    layer: LayerCache, choose: ChooseKernel, query: Tensor, positions: Tensor, selector: PageSelector
+) -> Choice:
+    beside = None
+    if isinstance(selector, MassSelector):
+        beside = _attend_tail(layer, query, positions).log_sum_exp[..., 0]
+    return choose(query[:, :, :, 0], layer.indexed_pages(), beside=beside)
+
+
+def _left_out(layer: LayerCache, served: Served, query: Tensor, positions: Tensor, choice: Choice) -> Tensor:
+    """What a choice truly leaves out: attention runs over everything for it."""
+    pages, folded = layer.pages(), query.flatten(2, 3)
+    page_lse = folded.new_empty((*folded.shape[:3], layer.table.width), dtype=attention.accumulator(query.dtype))
+    whole = served.attend(folded, pages, oldest=_oldest(layer, positions), page_lse=page_lse)
+    tail = _attend_tail(layer, query, positions).log_sum_exp[..., 0]
+    return left_out(choice, page_lse, attention.finite(torch.logaddexp(whole.log_sum_exp, tail)))
 
 
 def _oldest(layer: LayerCache, positions: Tensor) -> Tensor | None:

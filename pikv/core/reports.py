@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
 import attrs
+
+if TYPE_CHECKING:
+    from pikv.core.layer import LayerCache
 
 
 @attrs.frozen(kw_only=True)
@@ -23,6 +29,18 @@ class StoredBytes:
     def total(self) -> int:
         """All of it."""
         return self.pages + self.tail + self.indexes + self.tables
+
+    @classmethod
+    def of(cls, layers: Iterable[LayerCache]) -> StoredBytes:
+        """What these layers hold."""
+        pages = tables = tail = indexes = 0
+        for layer in layers:
+            held, pool, form = layer.table.held().unique(), layer.pool, layer.codec.form
+            pages += len(held) * pool.slab(form).stride(0)
+            tables += layer.table.nbytes + len(held) * pool.bytes_a_page
+            tail += layer.tail.nbytes + (0 if layer.newest_queries is None else layer.newest_queries.nbytes)
+            indexes += len(held) * pool.index_bytes_a_page(form)
+        return cls(pages=pages, tail=tail, indexes=indexes, tables=tables)
 
     def __str__(self) -> str:
         """One line, in MiB."""

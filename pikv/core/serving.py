@@ -58,7 +58,7 @@ def _ask(model: ModelConfig, runtime: RuntimeConfig, codec: PageCodec, *, layer_
         "seal": lambda backend: backend.seal(codec, selector, device),
     }
     if selector is not None:
-        steps["choose"] = lambda backend: backend.choose(selector, codec.layer, device)
+        steps["choose"] = lambda backend: backend.choose(selector, codec, device)
     kernels, backends = {}, {}
     for step, kernel_of in steps.items():
         offered = ((kernel_of(backend), backend.name) for backend in runtime.backends)

@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, final
+from typing import final
 
 import attrs
 import torch
 from torch import Tensor
 
+from pikv.core.attention import accumulator
 from pikv.core.ports.backend import (
     AttendKernel,
     Backend,
+    Choice,
     ChooseKernel,
     IndexedPages,
     NewPages,
     PageCodec,
     SealKernel,
 )
-from pikv.core.ports.selector import PageIndex, PageSelector
-from pikv.core.selection import best_pages
+from pikv.core.ports.selector import MassSelector, PageIndex, PageSelector
+from pikv.core.selection import best_pages, heaviest_pages
 from pikv.core.tail import Tail
 from pikv.core.torch_attend import TorchAttend
-
-if TYPE_CHECKING:
-    from pikv.core.config import LayerConfig
 
 PAGES_AT_ONCE = 256  # encoded at a time, so that what encoding needs for itself stays small
 
@@ -42,9 +41,9 @@ class TorchBackend(Backend):
         """A kernel for any form."""
         return TorchAttend(codec=codec)
 
-    def choose(self, selector: PageSelector, layer: LayerConfig, device: torch.device) -> ChooseKernel:
+    def choose(self, selector: PageSelector, codec: PageCodec, device: torch.device) -> ChooseKernel:
         """A kernel for any selector."""
-        return TorchChoose(selector)
+        return TorchChoose(selector, codec)
 
     def seal(self, codec: PageCodec, selector: PageSelector | None, device: torch.device) -> SealKernel:
         """A kernel for any codec and selector."""
@@ -57,13 +56,26 @@ class TorchChoose(ChooseKernel):
     """Gather the index, let the selector score it, choose the best."""
 
     selector: PageSelector
+    codec: PageCodec
 
-    def __call__(self, query: Tensor, pages: IndexedPages) -> Tensor:
+    def __call__(self, query: Tensor, pages: IndexedPages, *, beside: Tensor | None = None) -> Choice:
         """See ChooseKernel."""
+        selector, layer = self.selector, self.codec.layer
         column = torch.arange(pages.ids.shape[-1])
         present = (column < pages.counts[..., None]).to(pages.ids.device)
-        scores = self.selector.score(PageIndex(arrays=pages.index[pages.ids], present=present), query)
-        return best_pages(scores, pages.counts, self.selector.pages)
+        index = PageIndex(arrays=pages.index[pages.ids], present=present, layer=layer)
+        query = query.to(accumulator(query.dtype)) * layer.scale
+        if not isinstance(selector, MassSelector):
+            return best_pages(selector.score(index, query), pages.counts, selector.pages)
+        log_mass = selector.log_mass(index, query)
+        return heaviest_pages(
+            log_mass,
+            log_mass.new_full(log_mass.shape[:3], -torch.inf) if beside is None else beside,
+            pages.counts,
+            pages=selector.pages,
+            mass=selector.mass,
+            min_pages=selector.min_pages,
+        )
 
 
 @final
@@ -93,7 +105,7 @@ def index_pages(codec: PageCodec, selector: PageSelector, pages: Tensor) -> Tens
 
     Of the keys as they decode: a bound on the keys before that would not hold for what is read.
     """
-    form = selector.index_form(codec.layer)
+    form = selector.index_form(codec.layer, codec.form.page_size)
     index = torch.empty((len(pages), *form.shape), dtype=form.dtype, device=pages.device)
     for start in range(0, len(pages), PAGES_AT_ONCE):
         block = slice(start, start + PAGES_AT_ONCE)

@@ -33,7 +33,7 @@ class Quest(PageSelector):
                 f"pages must be positive and dense_layers not negative, got {self.pages} and {self.dense_layers}"
             )
 
-    def index_form(self, layer: LayerConfig) -> IndexForm:
+    def index_form(self, layer: LayerConfig, page_size: int) -> IndexForm:
         """Least and greatest key of each channel: float16 [2, key_dim]."""
         return IndexForm(torch.float16, (2, layer.key_dim), IndexMeaning.BOUNDS)
 
@@ -43,7 +43,7 @@ class Quest(PageSelector):
         out[:, 1] = _rounded_up(keys.amax(1).float())
 
     def score(self, index: PageIndex, query: Tensor) -> Tensor:
-        """See PageSelector.score; the bound is on q.k before scaling."""
+        """See PageSelector.score."""
         least, greatest = index.arrays.float().unbind(-2)
         query = query.float()
         bound = query.clamp(min=0) @ greatest.mT - (-query).clamp(min=0) @ least.mT  # [.., group, pages]

@@ -144,13 +144,17 @@ def codec(
     compressor: Compressor,
     *,
     page_size: int = 16,
+    kv_heads: int = 2,
+    group: int = 3,
     key_dim: int = 32,
     value_dim: int = 32,
     softcap: float | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> PageCodec:
-    """A codec for a layer of 2 KV heads with 3 query heads each."""
-    layer = LayerConfig(query_heads=6, kv_heads=2, key_dim=key_dim, value_dim=value_dim, softcap=softcap)
+    """A codec for a layer of KV heads with a group of query heads each."""
+    layer = LayerConfig(
+        query_heads=kv_heads * group, kv_heads=kv_heads, key_dim=key_dim, value_dim=value_dim, softcap=softcap
+    )
     form = compressor.form(layer, page_size=page_size, dtype=dtype)
     return PageCodec(compressor=compressor, layer=layer, form=form, dtype=dtype)
 

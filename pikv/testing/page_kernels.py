@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import final
 
 import attrs
@@ -15,9 +15,11 @@ from pikv.core.config import LayerConfig
 from pikv.core.exact import Exact
 from pikv.core.ports import (
     Backend,
+    Choice,
     IndexedPages,
     IndexForm,
     IndexMeaning,
+    MassSelector,
     NewPages,
     PageCodec,
     PageIndex,
@@ -26,6 +28,7 @@ from pikv.core.ports import (
 )
 from pikv.core.tail import Tail
 from pikv.testing.backend import CPU, codec
+from pikv.testing.true_mass import TrueMass
 
 
 class PageKernelConformance:
@@ -47,29 +50,57 @@ class PageKernelConformance:
     def selectors(self) -> Iterable[PageSelector]:
         """The page selectors to choose and to index for; the backend may have no kernel for some."""
         yield KeyBounds(pages=3)
+        yield TrueMass(pages=3)
+        for mass in (0.3, 0.9, 1.0):
+            yield TrueMass(pages=30, mass=mass, min_pages=2)
 
-    def test_chooses_the_newest_and_the_best(self) -> None:
-        """The columns increase, the newest page is among them, and no page that is left out scores higher."""
+    def choices(self) -> Iterator[ChoiceMade]:
+        """What the backend chooses for its selectors, in layers of several shapes."""
         for selector in self.selectors():
             for kv_heads, group, key_dim, width in ((2, 3, 32, 9), (1, 1, 64, 3), (3, 2, 16, 200)):
-                layer = LayerConfig(query_heads=kv_heads * group, kv_heads=kv_heads, key_dim=key_dim, value_dim=16)
-                kernel = self.make().choose(selector, layer, CPU)
+                each = codec(Exact(), page_size=16, kv_heads=kv_heads, group=group, key_dim=key_dim)
+                kernel = self.make().choose(selector, each, CPU)
                 if kernel is not None:
-                    pages, query = some_indexed_pages(selector, layer, width), _random(2, kv_heads, group, key_dim)
-                    self._check_choice(selector, kernel(query, pages), pages, query)
+                    pages, query = some_indexed_pages(selector, each, width), _random(2, kv_heads, group, key_dim)
+                    beside = _random(2, kv_heads, group) if isinstance(selector, MassSelector) else None
+                    choice = kernel(query, pages, beside=beside)
+                    yield ChoiceMade(selector, each, choice, pages, query * each.layer.scale, beside)
 
-    def _check_choice(self, selector: PageSelector, columns: Tensor, pages: IndexedPages, query: Tensor) -> None:
-        assert columns.shape == (*query.shape[:2], min(selector.pages, pages.ids.shape[-1]))
-        assert bool((columns.diff(dim=-1) > 0).all())
-        present = torch.arange(pages.ids.shape[-1]) < pages.counts[..., None]
-        scores = selector.score(PageIndex(arrays=pages.index[pages.ids], present=present), query).double()
-        for at in itertools.product(*map(range, query.shape[:2])):
-            count, read = int(pages.counts[at]), columns[at].tolist()
-            assert count - 1 in read
-            assert len([column for column in read if column < count]) == min(count, len(read))
-            rest = [float(scores[at][column]) for column in range(count) if column not in read]
-            worst = min((float(scores[at][column]) for column in read if column < count - 1), default=math.inf)
-            assert not rest or worst >= max(rest) - self.tolerance * (1 + abs(worst))
+    def test_chooses_the_newest_and_the_best(self) -> None:
+        """The columns increase, the newest page is among them, and no page that is left out weighs more."""
+        for made in self.choices():
+            columns, reads, weights = made.choice.columns, made.choice.reads, made.weights()
+            assert columns.shape == (*reads.shape, min(made.selector.pages, made.pages.ids.shape[-1]))
+            assert bool(((columns >= 0) & (columns < made.pages.ids.shape[-1])).all())
+            for at in itertools.product(*map(range, reads.shape)):
+                count, read = int(made.pages.counts[at]), columns[at][: int(reads[at])].tolist()
+                assert read == sorted(set(read))
+                assert read[-1] == count - 1
+                rest = [float(weights[at][column]) for column in range(count) if column not in read]
+                worst = min((float(weights[at][column]) for column in read[:-1]), default=math.inf)
+                assert not rest or worst >= max(rest) - self.tolerance * (1 + abs(worst))
+
+    def test_reads_as_many_as_wanted(self) -> None:
+        """So many as there may be; or for a mass as few as reach it, and what is left out is said."""
+        for made in self.choices():
+            most = made.pages.counts.clamp(max=made.selector.pages)
+            if not isinstance(made.selector, MassSelector):
+                assert torch.equal(made.choice.reads, most)
+                assert made.choice.left_out is None
+                continue
+            assert made.choice.left_out is not None
+            torch.testing.assert_close(made.choice.left_out, made.left_out(), atol=self.tolerance, rtol=0)
+            if made.selector.mass is None:
+                assert torch.equal(made.choice.reads, most)
+            else:
+                self._check_fewest(made, made.selector.mass, most)
+
+    def _check_fewest(self, made: ChoiceMade, mass: float, most: Tensor) -> None:
+        assert isinstance(made.selector, MassSelector)
+        reads, least = made.choice.reads, most.clamp(max=made.selector.min_pages)
+        assert bool(((reads >= least) & (reads <= most)).all())
+        assert bool(((made.left_out() <= 1 - mass + self.tolerance) | (reads == most)).all())
+        assert bool(((made.left_out(but=1) > 1 - mass - self.tolerance) | (reads == least)).all())
 
     def test_seals_as_the_compressor_encodes(self) -> None:
         """Bytes and index are those that compressor and selector write, from tail slots in any order."""
@@ -106,7 +137,7 @@ class KeyBounds(PageSelector):
     pages: int
     dense_layers: int = 0
 
-    def index_form(self, layer: LayerConfig) -> IndexForm:
+    def index_form(self, layer: LayerConfig, page_size: int) -> IndexForm:
         """See IndexMeaning.BOUNDS."""
         return IndexForm(torch.float16, (2, layer.key_dim), IndexMeaning.BOUNDS)
 
@@ -124,12 +155,46 @@ class KeyBounds(PageSelector):
         return products.amax(-2).sum(-1).nan_to_num(nan=math.inf, posinf=math.inf, neginf=-math.inf).amax(2)
 
 
-def some_indexed_pages(selector: PageSelector, layer: LayerConfig, width: int) -> IndexedPages:
+@attrs.frozen
+class ChoiceMade:
+    """A choice, and what it was made from. query: scaled; beside: as the kernel was given it."""
+
+    selector: PageSelector
+    codec: PageCodec
+    choice: Choice
+    pages: IndexedPages
+    query: Tensor
+    beside: Tensor | None
+
+    def weights(self) -> Tensor:
+        """By which pages are compared, float64 [sequences, kv_heads, pages]: scores, or shares of attention."""
+        present = torch.arange(self.pages.ids.shape[-1]) < self.pages.counts[..., None]
+        index = PageIndex(arrays=self.pages.index[self.pages.ids], present=present, layer=self.codec.layer)
+        if self.beside is None or not isinstance(self.selector, MassSelector):
+            return self.selector.score(index, self.query).double()
+        mass = self.selector.log_mass(index, self.query).double().masked_fill(~present[:, :, None], -math.inf)
+        everything = torch.cat([self.beside.double()[..., None], mass], dim=-1)
+        return everything.softmax(-1).mean(2)[..., 1:]
+
+    def left_out(self, *, but: int = 0) -> Tensor:
+        """The share of attention to pages that are not read, or would not be if the lightest `but` were left out too.
+
+        float32 [sequences, kv_heads]. The newest page is not the lightest.
+        """
+        weights = self.weights()
+        total = weights.sum(-1)
+        for at in itertools.product(*map(range, total.shape)):
+            read = weights[at][self.choice.columns[at][: int(self.choice.reads[at])]]
+            total[at] -= read.sum() - read[:-1].sort().values[:but].sum()
+        return total.float()
+
+
+def some_indexed_pages(selector: PageSelector, each: PageCodec, width: int) -> IndexedPages:
     """Pages [2 sequences, kv_heads, width] whose index lies in any order; some rows have fewer, one has one."""
-    generator = torch.Generator().manual_seed(width)
-    form, count = selector.index_form(layer), 2 * layer.kv_heads * width
+    generator, layer, page_size = torch.Generator().manual_seed(width), each.layer, each.form.page_size
+    form, count = selector.index_form(layer, page_size), 2 * layer.kv_heads * width
     index = torch.empty(count + 5, *form.shape, dtype=form.dtype)
-    selector.index(torch.randn(count + 5, 16, layer.key_dim, generator=generator), index)
+    selector.index(torch.randn(count + 5, page_size, layer.key_dim, generator=generator), index)
     counts = torch.randint(1, width + 1, (2, layer.kv_heads), generator=generator)
     counts[0, 0], counts[1, 0] = width, 1
     ids = torch.randperm(count, generator=generator).int().view(2, layer.kv_heads, width)

@@ -45,7 +45,7 @@ class TestNumbaPageKernels(PageKernelConformance):
         """For every codec of this suite, and for a key_dim of whole vectors."""
         for each in self.codecs():
             assert self.make().seal(each, Quest(), CPU) is not None
-        assert self.make().choose(Quest(), codec(Exact()).layer, CPU) is not None
+        assert self.make().choose(Quest(), codec(Exact()), CPU) is not None
 
 
 class TestPortablePageKernels(TestNumbaPageKernels):
@@ -71,8 +71,8 @@ def test_what_it_has_no_kernel_for():
     """Another device, a key_dim of no whole vectors, bytes that are a compressor's own: None, and torch serves."""
     backend, each = numba_cpu.NumbaCpu(), codec(Exact())
     elsewhere = torch.device("meta")
-    assert backend.choose(Quest(), each.layer, elsewhere) is None
-    assert backend.choose(Quest(), codec(Exact(), key_dim=20).layer, CPU) is None
+    assert backend.choose(Quest(), each, elsewhere) is None
+    assert backend.choose(Quest(), codec(Exact(), key_dim=20), CPU) is None
     assert backend.seal(each, None, elsewhere) is None
     assert backend.seal(codec(Negated()), None, CPU) is None
 
@@ -122,7 +122,7 @@ def test_the_choice_has_the_scores_of_torchs(data):
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**32)))
     kv_heads, group, width = (data.draw(st.integers(1, most)) for most in (3, 4, 150))
     selector = Quest(pages=data.draw(st.integers(1, 40)))
-    layer = pikv.LayerConfig(query_heads=kv_heads * group, kv_heads=kv_heads, key_dim=32, value_dim=32)
+    each = codec(Exact(), kv_heads=kv_heads, group=group, key_dim=32)
     largest = data.draw(st.sampled_from([0, 1, 9]))
     count = 2 * kv_heads * width
     index = torch.randint(-largest, largest + 1, (count, 2, 32), generator=generator).half().sort(1).values
@@ -132,11 +132,12 @@ def test_the_choice_has_the_scores_of_torchs(data):
     counts = torch.randint(1, width + 1, (2, kv_heads), generator=generator)
     ids = torch.randperm(count, generator=generator).int().view(2, kv_heads, width)
     pages = IndexedPages(index=index, ids=ids, counts=counts)
-    chosen = [backend.choose(selector, layer, CPU)(query, pages) for backend in (TorchBackend(), numba_cpu.NumbaCpu())]
+    chosen = [backend.choose(selector, each, CPU)(query, pages) for backend in (TorchBackend(), numba_cpu.NumbaCpu())]
     present = torch.arange(width) < counts[..., None]
-    scores = selector.score(PageIndex(arrays=index[ids], present=present), query)
+    scores = selector.score(PageIndex(arrays=index[ids], present=present, layer=each.layer), query)
     scores = scores.clamp(max=1e9).masked_fill(~present, -torch.inf)  # of infinite sums and others that are no numbers
-    one, other = (scores.gather(-1, columns).sort(-1).values for columns in chosen)
+    one, other = (scores.gather(-1, choice.columns).sort(-1).values for choice in chosen)
+    assert torch.equal(chosen[0].reads, chosen[1].reads)
     assert torch.equal(one, other)
 
 

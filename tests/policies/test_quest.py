@@ -11,7 +11,6 @@ import pikv
 from pikv.adapters.compressors import Int4
 from pikv.core.exact import Exact
 from pikv.core.ports import Compressor, PageIndex, PageSelector
-from pikv.core.selection import best_pages
 from pikv.policies import Quest
 from pikv.testing.page_selector import PageSelectorConformance
 
@@ -40,11 +39,11 @@ def test_score_bounds_every_product(seed: int, magnitude: float, page_size: int,
     query = torch.randn(2, 2, 2, 8, generator=generator)
     arrays = torch.empty(20, 2, 8, dtype=torch.float16)
     Quest().index(keys.flatten(0, 2), arrays)
-    index = PageIndex(arrays=arrays.view(2, 2, 5, 2, 8), present=torch.ones(2, 2, 5).bool())
+    index = PageIndex(arrays=arrays.view(2, 2, 5, 2, 8), present=torch.ones(2, 2, 5).bool(), layer=layer)
     scores = Quest().score(index, query)
     products = torch.einsum("skgd,skmpd->skmgp", query.double(), keys.double())
     rounding = 1e-5 * torch.einsum("skgd,skmpd->skmgp", query.double().abs(), keys.double().abs()).amax((-1, -2))
-    assert Quest().index_form(layer).shape == (2, 8)
+    assert Quest().index_form(layer, page_size).shape == (2, 8)
     assert (products.amax((-1, -2)) <= scores + rounding).all()
 
 
@@ -124,11 +123,3 @@ def test_forks_keep_their_indexes() -> None:
                 out = held.attend(layer_id, torch.randn(1, 8, 1, 16, generator=generator))
         twins.append(out)
     assert torch.equal(*twins)
-
-
-def test_the_newest_page_is_read_beside_infinite_scores():
-    """Pages whose scores are infinite, as keys beyond float16 make them, do not take its place."""
-    scores = torch.tensor([[[torch.inf, torch.inf, 0.0, 0.0]]])
-    counts = torch.tensor([[3]])
-    assert 2 in best_pages(scores, counts, pages=2)[0, 0].tolist()
-    assert best_pages(scores, counts, pages=1).tolist() == [[[2]]]

@@ -15,7 +15,6 @@ from pikv.adapters.numba_cpu.machine import Machine, Path, machine
 from pikv.adapters.numba_cpu.seal import NumbaSeal, sides_of
 from pikv.adapters.numba_cpu.shape import NUMBERS, AffineField, DenseField, DotField, Field, Shape
 from pikv.adapters.numba_cpu.write import Stored
-from pikv.core.config import LayerConfig
 from pikv.core.forms import Affine, Dense, Encoding
 from pikv.core.ports import AttendKernel, Backend, ChooseKernel, PageCodec, PageSelector, SealKernel
 
@@ -44,9 +43,9 @@ class NumbaCpu(Backend):
         shape = shape_of(codec, machine(self.path)) if device.type == "cpu" else None
         return None if shape is None else NumbaAttend(codec=codec, shape=shape)
 
-    def choose(self, selector: PageSelector, layer: LayerConfig, device: torch.device) -> ChooseKernel | None:
+    def choose(self, selector: PageSelector, codec: PageCodec, device: torch.device) -> ChooseKernel | None:
         """A kernel for an index of bounds on the CPU whose key_dim fills whole vectors."""
-        bounds = bounds_of(selector, layer, machine(self.path), _sources()) if device.type == "cpu" else None
+        bounds = bounds_of(selector, codec, machine(self.path), _sources()) if device.type == "cpu" else None
         return None if bounds is None else NumbaChoose(bounds, selector.pages)
 
     def seal(self, codec: PageCodec, selector: PageSelector | None, device: torch.device) -> SealKernel | None:

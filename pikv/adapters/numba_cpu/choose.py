@@ -22,8 +22,7 @@ from pikv.adapters.numba_cpu.shape import FLOAT, HALF
 from pikv.adapters.numba_cpu.simd import load, prefetch_near
 from pikv.adapters.numba_cpu.static import static
 from pikv.adapters.numba_cpu.tiles import Tile, add_products, put_totals, zeros
-from pikv.core.config import LayerConfig
-from pikv.core.ports import ChooseKernel, IndexedPages, IndexMeaning, PageSelector
+from pikv.core.ports import Choice, ChooseKernel, IndexedPages, IndexMeaning, MassSelector, PageCodec, PageSelector
 
 PAGES_AHEAD = 8  # that the index is fetched for before it is read
 BYTES_A_WORKER = 1 << 17  # of index; less is scored sooner than another thread is woken
@@ -63,8 +62,8 @@ class NumbaChoose(ChooseKernel):
     pages: int
     _kernel: Launch = attrs.field(factory=lambda: Launch(alone=_choose_alone, together=_choose_together), init=False)
 
-    def __call__(self, query: Tensor, pages: IndexedPages) -> Tensor:
-        """See ChooseKernel. Scores are summed up in float32."""
+    def __call__(self, query: Tensor, pages: IndexedPages, *, beside: Tensor | None = None) -> Choice:
+        """See ChooseKernel. Scores are summed up in float32, of queries that are not scaled: the order is the same."""
         rows, width = query.shape[:2].numel(), pages.ids.shape[-1]
         query = query.float()
         signs = torch.cat([query.clamp(max=0), query.clamp(min=0)], dim=-1)  # what meets the lower and upper bounds
@@ -79,12 +78,14 @@ class NumbaChoose(ChooseKernel):
             query.shape[1],
             workers=workers_for(HALF.itemsize * self.bounds.numbers * rows * width // BYTES_A_WORKER),
         )
-        return columns
+        return Choice(columns=columns, reads=pages.counts.clamp(max=self.pages))
 
 
-def bounds_of(selector: PageSelector, layer: LayerConfig, on: Machine, sources: int) -> Bounds | None:
+def bounds_of(selector: PageSelector, codec: PageCodec, on: Machine, sources: int) -> Bounds | None:
     """What the kernel is compiled for; None for another index, or one that does not fill whole vectors."""
-    if selector.index_form(layer).meaning is not IndexMeaning.BOUNDS or layer.key_dim % on.lanes:
+    layer = codec.layer
+    meaning = selector.index_form(layer, codec.form.page_size).meaning
+    if isinstance(selector, MassSelector) or meaning is not IndexMeaning.BOUNDS or layer.key_dim % on.lanes:
         return None
     return Bounds(machine=on, key_dim=layer.key_dim, group=layer.group, sources=sources)
 

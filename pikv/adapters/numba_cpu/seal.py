@@ -67,8 +67,9 @@ class NumbaSeal(SealKernel):
 
     def __call__(self, tail: Tail, new: NewPages, out: Tensor) -> Tensor | None:
         """See SealKernel."""
-        layer = self.codec.layer
-        bounds = self.selector is not None and self.selector.index_form(layer).meaning is IndexMeaning.BOUNDS
+        layer, page_size = self.codec.layer, self.codec.form.page_size
+        kept = None if self.selector is None else self.selector.index_form(layer, page_size)
+        bounds = kept is not None and kept.meaning is IndexMeaning.BOUNDS
         index = torch.empty(len(out) * bounds, 2, layer.key_dim, dtype=torch.float16)
         written = torch.zeros(len(out), dtype=torch.bool)
         source = Source(

@@ -4,6 +4,7 @@ from pikv.core.ports.allocator import Allocator
 from pikv.core.ports.backend import (
     AttendKernel,
     Backend,
+    Choice,
     ChooseKernel,
     IndexedPages,
     NewPages,
@@ -19,6 +20,7 @@ from pikv.core.ports.router import Observation, Router, RouterState, Routing
 from pikv.core.ports.selector import (
     IndexForm,
     IndexMeaning,
+    MassSelector,
     NeedsRotary,
     PageIndex,
     PageSelector,
@@ -33,6 +35,7 @@ __all__ = [
     "Allocator",
     "AttendKernel",
     "Backend",
+    "Choice",
     "ChooseKernel",
     "Compressor",
     "Done",
@@ -41,6 +44,7 @@ __all__ = [
     "IndexForm",
     "IndexMeaning",
     "IndexedPages",
+    "MassSelector",
     "MemoryTier",
     "NeedsRotary",
     "NewPages",

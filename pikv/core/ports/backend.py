@@ -88,15 +88,29 @@ class IndexedPages:
     counts: Tensor
 
 
+@attrs.frozen(kw_only=True)
+class Choice:
+    """Which of its pages each row reads.
+
+    columns: int64 [sequences, kv_heads, n], of which the first `reads`, int64 [sequences, kv_heads], are read, oldest
+    first; those after are columns of any pages. left_out: float32 [sequences, kv_heads], the share of attention that
+    goes to pages that are not read, estimated, the mean of the group; None where nothing estimates it.
+    """
+
+    columns: Tensor
+    reads: Tensor
+    left_out: Tensor | None = None
+
+
 class ChooseKernel(abc.ABC):
     """The choice of a page selector, which the kernel was made for."""
 
     @abc.abstractmethod
-    def __call__(self, query: Tensor, pages: IndexedPages) -> Tensor:
+    def __call__(self, query: Tensor, pages: IndexedPages, *, beside: Tensor | None = None) -> Choice:
         """Score all pages for query [sequences, kv_heads, group, key_dim], and choose each row's newest and its best.
 
-        Returns columns int64 [sequences, kv_heads, min(selector.pages, pages)], oldest first, which of equal scores is
-        open. A row with fewer pages than are read is filled up with columns past its count.
+        At most min(selector.pages, pages) columns; which of equal scores is open. beside: float32 [sequences, kv_heads,
+        group], given for a MassSelector: the log-sum-exp of the scores of what is attended to beside the pages.
         """
 
 
@@ -133,8 +147,8 @@ class Backend(abc.ABC):
         """Return the kernel for these pages on this device, or None if there is none."""
 
     @abc.abstractmethod
-    def choose(self, selector: PageSelector, layer: LayerConfig, device: torch.device) -> ChooseKernel | None:
-        """Return the kernel that chooses pages as this selector does, or None if there is none."""
+    def choose(self, selector: PageSelector, codec: PageCodec, device: torch.device) -> ChooseKernel | None:
+        """Return the kernel that chooses among these pages as this selector does, or None if there is none."""
 
     @abc.abstractmethod
     def seal(self, codec: PageCodec, selector: PageSelector | None, device: torch.device) -> SealKernel | None:

@@ -71,11 +71,13 @@ class IndexForm:
 class PageIndex:
     """The index of the sealed pages of a layer, oldest first.
 
-    arrays: [sequences, kv_heads, pages, *shape of the IndexForm]; present: bool [sequences, kv_heads, pages].
+    arrays: [sequences, kv_heads, pages, *shape of the IndexForm]; present: bool [sequences, kv_heads, pages]. layer:
+    whose pages these are, for what its attention does to scores beside scaling them.
     """
 
     arrays: Tensor
     present: Tensor
+    layer: LayerConfig
 
 
 class PageSelector(abc.ABC):
@@ -86,13 +88,13 @@ class PageSelector(abc.ABC):
     """
 
     pages: int
-    """How many sealed pages each KV head reads, the newest included."""
+    """How many sealed pages each KV head reads, the newest included; for a mass, the most."""
     dense_layers: int
     """The first layers of the model that read everything."""
 
     @abc.abstractmethod
-    def index_form(self, layer: LayerConfig) -> IndexForm:
-        """Return what is kept of each page of this layer."""
+    def index_form(self, layer: LayerConfig, page_size: int) -> IndexForm:
+        """Return what is kept of each page of this layer. page_size: tokens."""
 
     @abc.abstractmethod
     def index(self, keys: Tensor, out: Tensor) -> None:
@@ -102,5 +104,33 @@ class PageSelector(abc.ABC):
     def score(self, index: PageIndex, query: Tensor) -> Tensor:
         """Return [sequences, kv_heads, pages], highest read first.
 
-        query: [sequences, kv_heads, group, key_dim]. Changes nothing; scores of absent pages do not matter.
+        query: [sequences, kv_heads, group, key_dim], times the layer's scale. Changes nothing; scores of absent pages
+        do not matter.
         """
+
+
+class MassSelector(PageSelector):
+    """A page selector that knows how much attention each page gets, near enough.
+
+    Authors write `log_mass` in the place of `score`. Core reads the pages that leave out the least, on the mean of the
+    group's query heads, and reports how much that is: `pages` of them, or with a `mass` as few as reach it. Source of
+    the latter: Twilight, arXiv 2502.02770, section 4 (top-p).
+    """
+
+    mass: float | None
+    """The share of attention that is to be read, tail included; None for as many pages as there may be."""
+    min_pages: int
+    """The fewest pages that each KV head reads, whatever the mass."""
+
+    @abc.abstractmethod
+    def log_mass(self, index: PageIndex, query: Tensor) -> Tensor:
+        """Return [sequences, kv_heads, group, pages]: the log of the sum of exp(score) over each page, estimated.
+
+        query: [sequences, kv_heads, group, key_dim], times the layer's scale. Changes nothing; what absent pages get
+        does not matter.
+        """
+
+    def score(self, index: PageIndex, query: Tensor) -> Tensor:
+        """The pages' shares of the attention to them, the mean of the group: see PageSelector.score."""
+        mass = self.log_mass(index, query).masked_fill(~index.present[:, :, None], -torch.inf)
+        return mass.softmax(-1).mean(2)
