@@ -30,6 +30,7 @@ from pikv.core.torch_backend import TorchBackend
 from pikv.policies import (
     EvictOldest,
     Importance,
+    KeyCodes,
     KeyDiff,
     KeyNorm,
     LagKV,
@@ -49,7 +50,7 @@ _PARTS: dict[str, dict[str, Callable[..., Any]]] = {
     "compressor": {"exact": Exact, "int2": Int2, "int4": Int4, "int8": Int8},
     "router": {"latency_aware": LatencyAware, "top_k": TopK},
     "shard_by": {"token_range": TokenRange},
-    "page_selector": {"quest": Quest},
+    "page_selector": {"key_codes": KeyCodes, "quest": Quest},
     "token_selector": {
         "importance": Importance,
         "keep_all": KeepAll,

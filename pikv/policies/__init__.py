@@ -3,6 +3,7 @@
 from pikv.core.exact import KeepAll, Refuse
 from pikv.policies.evict_oldest import EvictOldest
 from pikv.policies.importance import Importance
+from pikv.policies.key_codes import KeyCodes
 from pikv.policies.key_norm import KeyNorm
 from pikv.policies.keydiff import KeyDiff
 from pikv.policies.lagkv import LagKV
@@ -20,6 +21,7 @@ __all__ = [
     "EvictOldest",
     "Importance",
     "KeepAll",
+    "KeyCodes",
     "KeyDiff",
     "KeyNorm",
     "LagKV",

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pikv.adapters.compressors import Int2, Int4, Int8
 from pikv.core.ports import Backend, PageCodec, PageSelector
 from pikv.core.torch_backend import TorchBackend
-from pikv.policies import Quest
+from pikv.policies import KeyCodes, Quest
 from pikv.testing.backend import BackendConformance, codec
 from pikv.testing.page_kernels import PageKernelConformance
 
@@ -38,3 +38,4 @@ class TestTorchPageKernels(PageKernelConformance):
     def selectors(self) -> Iterable[PageSelector]:
         yield from super().selectors()
         yield Quest(pages=2)
+        yield KeyCodes(pages=20, mass=0.8)

@@ -56,15 +56,26 @@ class IndexMeaning(enum.Enum):
     float16 not above the least key, and the least float16 not below the greatest. The score of a page is
     `sum_d max(q_d * below_d, q_d * above_d)`, for the group's query q where it is greatest; a sum that is not a number
     counts as infinite."""
+    CODES = "codes"
+    """uint8 [n]: the keys of the page in codes of `bits` bits, which with P = page_size and D = key_dim are
+
+        scales   float16  [D]
+        zeros    float16  [D]
+        codes    uint8    [words, P, 4]      words = ceil(D * bits / 32)
+
+    Byte b of a token's word w holds the codes of the channels `w * 32 // bits + 4 * i + b`, i from 0 on, low bits
+    first, as in the order "words" of `Affine`; of channels past D they are 0. A key is about `code * scale + zero`, and
+    the log mass of a page is the log-sum-exp of the layer's scores with all its tokens."""
 
 
 @attrs.frozen
 class IndexForm:
-    """What a page selector keeps of a page: one array."""
+    """What a page selector keeps of a page: one array. bits: of a code, where the meaning is CODES."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
     meaning: IndexMeaning = IndexMeaning.OWN
+    bits: int | None = None
 
 
 @attrs.frozen(kw_only=True)
