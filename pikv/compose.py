@@ -28,6 +28,7 @@ from pikv.core.ports import (
 )
 from pikv.core.torch_backend import TorchBackend
 from pikv.policies import (
+    AdaKV,
     EvictOldest,
     Importance,
     KeyCodes,
@@ -46,7 +47,7 @@ from pikv.policies import (
 )
 
 _PARTS: dict[str, dict[str, Callable[..., Any]]] = {
-    "allocator": {"pyramid": Pyramid, "uniform": Uniform},
+    "allocator": {"adakv": AdaKV, "pyramid": Pyramid, "uniform": Uniform},
     "compressor": {"exact": Exact, "int2": Int2, "int4": Int4, "int8": Int8},
     "router": {"latency_aware": LatencyAware, "top_k": TopK},
     "shard_by": {"token_range": TokenRange},
@@ -64,6 +65,7 @@ _PARTS: dict[str, dict[str, Callable[..., Any]]] = {
     },
     "when_full": {"evict_oldest": EvictOldest, "refuse": Refuse},
 }
+_PARTS_OF_PARTS = {"across": "allocator", "scored_by": "token_selector"}  # settings that are parts, and their kind
 _NUMBERS = ("budget_tokens", "page_size", "tail_tokens")
 
 
@@ -143,8 +145,11 @@ def _build(key: str, value: Any) -> Any:
     name = described.pop("name")
     if not isinstance(name, str) or name not in known:
         raise _unknown(key, name, list(known))
+    settings = {
+        field: _build(_PARTS_OF_PARTS[field], v) if field in _PARTS_OF_PARTS else v for field, v in described.items()
+    }
     try:
-        return known[name](**described)
+        return known[name](**settings)
     except TypeError as error:
         takes = ", ".join(field.name for field in attrs.fields(known[name])) or "no settings"
         raise ConfigError(f"{key} {name!r} does not take {described}: {error}; it takes {takes}") from error

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pikv.core import checks, places, reading, settling
-from pikv.core.budget import Budget
+from pikv.core.budget import Budget, Share
 from pikv.core.config import ModelConfig, RuntimeConfig
 from pikv.core.errors import ConfigError, InputError, StateError
 from pikv.core.exact import Refuse
@@ -20,7 +20,6 @@ from pikv.core.modes import keeps_numbers
 from pikv.core.page_reads import PageReads, ReadCounter
 from pikv.core.pool import PagePool
 from pikv.core.ports.router import Routing
-from pikv.core.ports.selector import QueryTokenSelector
 from pikv.core.reports import Description, StoredBytes
 from pikv.core.serving import describe, serve
 from pikv.core.slab import trim
@@ -47,6 +46,7 @@ class PiKVCache:
             raise ConfigError(f"pool must be on {model.device} like the model, got one on {self.pool.device}")
         self.runtime.check_serves(model)
         self._budget = Budget.of(model, self.runtime)
+        self._query_window = self.runtime.query_window
         self._served = serve(model, self.runtime)
         for served in self._served:
             self.pool.check_serves(served.codec, self.runtime.page_selector)
@@ -111,13 +111,13 @@ class PiKVCache:
 
     def _answer(self, layer: LayerCache, q: Tensor) -> Tensor:
         grouped = q.reshape(q.shape[0], layer.config.kv_heads, layer.config.group, *q.shape[2:])
-        served, selector = self._served[layer.layer_id], self.runtime.token_selector
+        served = self._served[layer.layer_id]
         stored = reading.attend(layer, served, grouped, layer.asked_from(), self._reads)
         partial = reading.with_sinks(layer, places.merged(self.runtime, stored))
         output = partial.output.flatten(1, 2).to(q.dtype)
         if layer.padded:
             output = output.masked_fill((layer.queried == PADDING)[:, None, :, None].to(output.device), 0)
-        layer.ask(q, selector.window if isinstance(selector, QueryTokenSelector) else None)
+        layer.ask(q, self._query_window)
         return output
 
     @keeps_numbers
@@ -181,12 +181,19 @@ class PiKVCache:
             settling.decide(
                 layer,
                 selector=self.runtime.token_selector,
-                budget_tokens=None if self._budget is None else self._budget.tokens(layer.layer_id, layer.needs()),
+                share=self._share(layer),
+                split_by=self.runtime.split_by,
                 tail_tokens=None if self._holds else self.runtime.tail_tokens,
             )
             for layer in layers
         )
         return [decision for decision in decided if decision is not None]
+
+    def _share(self, layer: LayerCache) -> Share | None:
+        """What the layer's rows may keep; None without a budget."""
+        if self._budget is None:
+            return None
+        return self._budget.share(layer.layer_id, layer.needs(), anew=self._prefilling)
 
     def _carry_out(self, decisions: list[settling.Decision]) -> None:
         if not decisions:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
@@ -19,7 +20,9 @@ from pikv.core.ports import (
     FullPool,
     NeedsRotary,
     PageSelector,
+    QueryTokenSelector,
     Router,
+    ScoreAllocator,
     Sharding,
     TokenSelector,
     Transport,
@@ -252,11 +255,22 @@ class RuntimeConfig:
         """How many ranks store tokens."""
         return 1 if self.transport is None else self.transport.size
 
+    @property
+    def split_by(self) -> TokenSelector | None:
+        """Whose scores split a layer's budget among its heads, if the allocator follows others than the selector's."""
+        return self.allocator.scored_by if isinstance(self.allocator, ScoreAllocator) else None
+
+    @property
+    def query_window(self) -> int | None:
+        """How many of the newest queries are kept for those who score tokens; None if no one looks at them."""
+        parts = (self.token_selector, self.split_by)
+        return max((part.window for part in parts if isinstance(part, QueryTokenSelector)), default=None)
+
     def check_serves(self, model: ModelConfig) -> None:
         """Raise ConfigError if a part needs what the model does not say of itself."""
-        part = self.token_selector
-        for layer_id, layer in enumerate(model.layers):
-            if isinstance(part, NeedsRotary) and layer.rotary is None:
+        parts = [part for part in (self.token_selector, self.split_by) if isinstance(part, NeedsRotary)]
+        for (layer_id, layer), part in itertools.product(enumerate(model.layers), parts):
+            if layer.rotary is None:
                 raise ConfigError(
                     f"layer {layer_id} has no rotary (it is not known, or depends on the length of the text), which "
                     f"{type(part).__name__} needs to un-rotate keys; give LayerConfig a rotary, or compose another part"

@@ -31,7 +31,8 @@ class LayerCache:
     window left out. queried: int64 [sequences, tokens], the positions of the last update, below 0 for padding; padded:
     whether it had any. settled: whether that update has been evicted from, and sealed. asked: whether it has been
     attended from; answer: what attention gave, until the layer is settled. newest_queries: the queries that the token
-    selector looks at, if it does.
+    selector looks at, if it does. split: int64 [sequences, kv_heads], the tokens that each row was given by scores,
+    NEVER before that.
     """
 
     layer_id: int
@@ -44,6 +45,7 @@ class LayerCache:
     seen: Tensor
     forgotten: Tensor
     queried: Tensor
+    split: Tensor
     newest_queries: QueryWindow | None = None
     padded: bool = False
     asked: bool = False
@@ -68,6 +70,7 @@ class LayerCache:
             seen=torch.zeros(sequences, dtype=torch.int64),
             forgotten=never,
             queried=torch.empty(sequences, 0, dtype=torch.int64),
+            split=torch.full((sequences, kv_heads), NEVER),
         )
 
     @property
@@ -302,4 +305,4 @@ def _padded(positions: Tensor) -> bool:
     return bool((positions < 0).any())
 
 
-_BY_SEQUENCE = {"first", "last", "seen", "forgotten", "queried"}
+_BY_SEQUENCE = {"first", "last", "seen", "forgotten", "queried", "split"}

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pikv.core import sealing
+from pikv.core.budget import Share
 from pikv.core.errors import PoolFullError, StateError
 from pikv.core.eviction import Candidates, choose
 from pikv.core.exact import Refuse
@@ -20,6 +21,7 @@ from pikv.core.ports.full_pool import FullPool
 from pikv.core.ports.selector import QueryTokenSelector, TokenSelector
 from pikv.core.tables import ABSENT
 from pikv.core.tail import EMPTY
+from pikv.core.views import TokenView
 
 
 @attrs.define(kw_only=True)
@@ -27,13 +29,15 @@ class Decision:
     """What settling will do to a layer.
 
     pages: bool [sequences, kv_heads, pages], tail: bool [sequences, kv_heads, width], both what stays, on the CPU.
-    seals: int64 [sequences, kv_heads], how many pages the oldest of the staying tail tokens will fill.
+    seals: int64 [sequences, kv_heads], how many pages the oldest of the staying tail tokens will fill. split: int64 of
+    the same shape, the tokens that the rows were given by scores; see LayerCache.
     """
 
     layer: LayerCache
     pages: Tensor
     tail: Tensor
     seals: Tensor
+    split: Tensor
 
     @property
     def missing_bytes(self) -> int:
@@ -45,15 +49,21 @@ class Decision:
 
 
 def decide(
-    layer: LayerCache, *, selector: TokenSelector, budget_tokens: Tensor | None, tail_tokens: int | None
+    layer: LayerCache,
+    *,
+    selector: TokenSelector,
+    share: Share | None,
+    tail_tokens: int | None,
+    split_by: TokenSelector | None = None,
 ) -> Decision | None:
-    """Slide the layer's window, evict to budget_tokens int64 [sequences, kv_heads], seal all but tail_tokens.
+    """Slide the layer's window, evict to its share of the budget, seal all but tail_tokens.
 
-    budget_tokens: None evicts nothing. tail_tokens: None seals nothing. Changes nothing. Returns None if there is
+    share: None evicts nothing. tail_tokens: None seals nothing. split_by: whose scores split the share among the heads,
+    where they do and it is not the selector's. Changes nothing. Returns None if there is
     nothing to do, as at most decoded tokens; what it costs to find that out does not grow with the context. A window
     slides a page at a time.
     """
-    over = budget_tokens is not None and bool((layer.occupied() > budget_tokens).any())
+    over = share is not None and share.exceeded(layer.occupied(), layer.split)
     seals = tail_tokens is not None and layer.tail.width >= tail_tokens + layer.page_size
     bound = layer.unseen_from_now_on()
     slides = bound is not None and bool((bound >= layer.forgotten + layer.page_size).any())
@@ -64,11 +74,11 @@ def decide(
         pages=layer.table.ids[..., : layer.table.width] != ABSENT,
         tail=layer.tail.positions[..., : layer.tail.width].cpu() != EMPTY,
         seals=torch.zeros_like(layer.tail.lengths),
+        split=layer.split,
     )
     _slide(decision)
-    if over and budget_tokens is not None:
-        _check_asked(layer, selector)
-        _evict(decision, selector, budget_tokens)
+    if over and share is not None:
+        _evict(decision, selector, share, split_by)
     if tail_tokens is not None:
         decision.seals = ((decision.tail.sum(-1) - tail_tokens) // layer.page_size).clamp(min=0)
     return decision
@@ -102,6 +112,7 @@ def carry_out(decision: Decision, seal: SealKernel) -> None:
     layer = decision.layer
     seals = bool(decision.seals.any())
     sealed = sealing.encode(layer, decision.tail, decision.seals, seal) if seals else None
+    layer.split = decision.split
     layer.keep_pages(decision.pages)
     if not bool(decision.tail.all()):
         layer.tail.keep(decision.tail.to(layer.tail.keys.device))
@@ -110,8 +121,8 @@ def carry_out(decision: Decision, seal: SealKernel) -> None:
     _forget(layer)
 
 
-def _check_asked(layer: LayerCache, selector: TokenSelector) -> None:
-    if isinstance(selector, QueryTokenSelector) and not layer.asked:
+def _check_asked(layer: LayerCache, selector: QueryTokenSelector) -> None:
+    if not layer.asked:
         raise StateError(
             f"layer {layer.layer_id}: {type(selector).__name__} scores tokens by the queries that attend to them, and "
             "the last update was not followed by attend; call attend, or compose a selector that needs no queries "
@@ -130,28 +141,49 @@ def _slide(decision: Decision) -> None:
         decision.tail &= ~stale
 
 
-def _evict(decision: Decision, selector: TokenSelector, budget_tokens: Tensor) -> None:
+def _evict(decision: Decision, selector: TokenSelector, share: Share, split_by: TokenSelector | None) -> None:
     """Leave out what scores lowest until each row is within its budget."""
     layer, positions = decision.layer, decision.layer.slots()
     view, order = layer.view()
+    scores = _scores(layer, view, selector)
+    stays = torch.cat([decision.pages.repeat_interleave(layer.page_size, dim=-1), decision.tail], dim=-1)
+    present = (positions != EMPTY) & stays.to(positions.device)
+    age = present.flip(-1).cumsum(-1).flip(-1)  # 1 for the newest present token, 2 for the one before
+    first = (layer.first + selector.sinks)[:, None, None].to(present.device)
+    protected = (positions < first) | (age <= selector.recent)
+
+    def by_slot(scores: Tensor) -> Tensor:
+        return torch.zeros(positions.shape, dtype=torch.float64, device=scores.device).scatter(
+            -1, order, scores.double()
+        )
+
+    budget_tokens = share.even
+    if share.by_scores is not None:
+        splitting = by_slot(scores if split_by is None else _scores(layer, view, split_by))
+        budget_tokens = share.split(splitting.masked_fill(~present | protected, -torch.inf), layer.split)
+        decision.split = budget_tokens
+    candidates = Candidates(
+        scores=by_slot(scores),
+        present=present,
+        protected=protected,
+        pages=layer.table.width,
+        page_size=layer.page_size,
+    )
+    decision.pages, decision.tail = (kept.cpu() for kept in choose(candidates, budget_tokens))
+
+
+def _scores(layer: LayerCache, view: TokenView, selector: TokenSelector) -> Tensor:
+    """What the selector says of the tokens of a view, shown as many queries as it asks for."""
+    if isinstance(selector, QueryTokenSelector):
+        _check_asked(layer, selector)
+        view = view.with_newest(selector.window)
     scores = selector.score(view)
     if scores.device.type == "cpu" and bool(scores.masked_fill(view.positions == EMPTY, 0.0).isnan().any()):
         raise StateError(
             f"layer {layer.layer_id}: {type(selector).__name__} scored a token NaN; a score must say whether a token "
             "stays, so mend its score()"
         )
-    stays = torch.cat([decision.pages.repeat_interleave(layer.page_size, dim=-1), decision.tail], dim=-1)
-    present = (positions != EMPTY) & stays.to(positions.device)
-    age = present.flip(-1).cumsum(-1).flip(-1)  # 1 for the newest present token, 2 for the one before
-    first = (layer.first + selector.sinks)[:, None, None].to(present.device)
-    candidates = Candidates(
-        scores=torch.zeros(positions.shape, dtype=scores.dtype, device=scores.device).scatter(-1, order, scores),
-        present=present,
-        protected=(positions < first) | (age <= selector.recent),
-        pages=layer.table.width,
-        page_size=layer.page_size,
-    )
-    decision.pages, decision.tail = (kept.cpu() for kept in choose(candidates, budget_tokens))
+    return scores
 
 
 def _forget(layer: LayerCache) -> None:

@@ -60,6 +60,12 @@ class TokenView:
         """[sequences, kv_heads, tokens, value_dim] as they are read back; decoded on request."""
         return self._decode()[1]
 
+    def with_newest(self, window: int) -> TokenView:
+        """The same tokens with no more than the newest `window` of the queries."""
+        if self.queries is None or self.asked is None or self.asked.shape[1] <= window:
+            return self
+        return attrs.evolve(self, queries=self.queries[:, :, -window:], asked=self.asked[:, -window:])
+
     def mass(self) -> Tensor:
         """How much attention each stored token gets from the newest queries of its KV head: `attention()`, summed up.
 

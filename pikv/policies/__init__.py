@@ -1,6 +1,7 @@
 """Pure decisions, one method a file: allocators, selectors, routers, shardings, full pools. No I/O."""
 
 from pikv.core.exact import KeepAll, Refuse
+from pikv.policies.adakv import AdaKV
 from pikv.policies.evict_oldest import EvictOldest
 from pikv.policies.importance import Importance
 from pikv.policies.key_codes import KeyCodes
@@ -18,6 +19,7 @@ from pikv.policies.tova import Tova
 from pikv.policies.uniform import Uniform
 
 __all__ = [
+    "AdaKV",
     "EvictOldest",
     "Importance",
     "KeepAll",

@@ -1,6 +1,6 @@
 """The ports: what a part of a cache must do, whoever writes it."""
 
-from pikv.core.ports.allocator import Allocator
+from pikv.core.ports.allocator import Allocator, ScoreAllocator
 from pikv.core.ports.backend import (
     AttendKernel,
     Backend,
@@ -57,6 +57,7 @@ __all__ = [
     "Router",
     "RouterState",
     "Routing",
+    "ScoreAllocator",
     "SealKernel",
     "Sharding",
     "StepKernel",

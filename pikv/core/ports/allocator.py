@@ -6,6 +6,7 @@ import abc
 
 from torch import Tensor
 
+from pikv.core.ports.selector import TokenSelector
 from pikv.core.views import AllocationRequest
 
 
@@ -25,5 +26,18 @@ class Allocator(abc.ABC):
         """Split the pages [sequences] of one layer among its heads: int64 [sequences, kv_heads].
 
         The request's kv_heads are those of the widest layer; a layer with fewer heads has a ceiling of 0 for the rest.
-        scores: [sequences, kv_heads, tokens] of the token selector, or None where it gave none.
+        scores: [sequences, kv_heads, tokens] where the allocator asks for them, else None; see ScoreAllocator.
         """
+
+
+class ScoreAllocator(Allocator):
+    """An allocator whose split among the heads of a layer follows scores of their tokens.
+
+    It is asked without scores for what the layer has in all, and with them whenever a prompt is evicted from. While
+    decoding the split stays as the prompt left it, since pages that a head gives up do not come back, and is made anew
+    only when the layer has come to have another number of pages. Scores are -inf where a row has no token, and for the
+    sinks and recent tokens, which stay in every head.
+    """
+
+    scored_by: TokenSelector | None
+    """Whose scores the split follows; None for those of the cache's own token selector."""
