@@ -6,6 +6,7 @@ anew for each value. Its whole numbers are constants there, so loops over them u
 
 from __future__ import annotations
 
+import pickle
 from typing import Any, TypeVar
 
 from numba import types
@@ -23,6 +24,19 @@ class Static(types.Type):  # type: ignore[misc]  # numba carries no annotations
     def __init__(self, value: Any) -> None:
         self.value = value
         super().__init__(name=f"static({value!r})")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For numba's cache on disk, which outlives this class's fields: see `_restored`."""
+        return _restored, (pickle.dumps(self.value), self.name)
+
+
+def _restored(pickled: bytes, name: str) -> Static | types.Opaque:
+    """The type as it was written, or an empty one of the same name that the sources of today never ask for."""
+    try:
+        restored = Static(pickle.loads(pickled))
+    except Exception:  # written by other sources: what unpickling meets then may be anything
+        return types.Opaque(name)
+    return restored if restored.name == name else types.Opaque(name)
 
 
 register_default(Static)(models.OpaqueModel)
