@@ -29,6 +29,7 @@ from pikv.core.ports import (
 from pikv.core.torch_backend import TorchBackend
 from pikv.policies import (
     AdaKV,
+    DuoAttention,
     EvictOldest,
     Importance,
     KeyCodes,
@@ -47,7 +48,7 @@ from pikv.policies import (
 )
 
 _PARTS: dict[str, dict[str, Callable[..., Any]]] = {
-    "allocator": {"adakv": AdaKV, "pyramid": Pyramid, "uniform": Uniform},
+    "allocator": {"adakv": AdaKV, "duo_attention": DuoAttention, "pyramid": Pyramid, "uniform": Uniform},
     "compressor": {"exact": Exact, "int2": Int2, "int4": Int4, "int8": Int8},
     "router": {"latency_aware": LatencyAware, "top_k": TopK},
     "shard_by": {"token_range": TokenRange},

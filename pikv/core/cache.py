@@ -23,7 +23,7 @@ from pikv.core.ports.router import Routing
 from pikv.core.reports import Description, StoredBytes
 from pikv.core.serving import describe, serve
 from pikv.core.slab import trim
-from pikv.core.views import ContextKV
+from pikv.core.views import ContextKV, TokenView
 
 
 class PiKVCache:
@@ -143,6 +143,13 @@ class PiKVCache:
     def retrieve(self, layer_id: int) -> ContextKV:
         """The stored tokens of a layer, decoded, oldest first: for an attention of the caller's own."""
         return self._read_layer(layer_id).context()
+
+    def view(self, layer_id: int) -> TokenView:
+        """What policies are shown of a layer: its tokens, and the newest queries if any part looks at them.
+
+        For calibrations. It shares memory with the cache, and is for reading, until the next call that changes it.
+        """
+        return self._read_layer(layer_id).view()[0]
 
     @keeps_numbers
     def finish_prefill(self) -> None:

@@ -2,6 +2,7 @@
 
 from pikv.core.exact import KeepAll, Refuse
 from pikv.policies.adakv import AdaKV
+from pikv.policies.duo_attention import DuoAttention
 from pikv.policies.evict_oldest import EvictOldest
 from pikv.policies.importance import Importance
 from pikv.policies.key_codes import KeyCodes
@@ -20,6 +21,7 @@ from pikv.policies.uniform import Uniform
 
 __all__ = [
     "AdaKV",
+    "DuoAttention",
     "EvictOldest",
     "Importance",
     "KeepAll",
