@@ -6,20 +6,24 @@ from pikv.core.cache import PiKVCache
 from pikv.core.config import LayerConfig, ModelConfig, RuntimeConfig
 from pikv.core.errors import (
     ConfigError,
+    DamagedError,
     InputError,
     LayerError,
     PageLostError,
     PiKVError,
     PoolFullError,
     StateError,
+    StoreError,
     TierError,
     TierFullError,
     TransportError,
     UnknownNameError,
+    VersionError,
     WaitTimeoutError,
 )
 from pikv.core.page_reads import LayerReads, PageReads
 from pikv.core.pool import PagePool
+from pikv.core.ports.streamer import Version
 from pikv.core.reports import Description, StoredBytes
 from pikv.core.rotary import Rotary
 from pikv.core.views import ContextKV
@@ -29,6 +33,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ConfigError",
     "ContextKV",
+    "DamagedError",
     "Description",
     "InputError",
     "LayerConfig",
@@ -45,11 +50,14 @@ __all__ = [
     "Rotary",
     "RuntimeConfig",
     "StateError",
+    "StoreError",
     "StoredBytes",
     "TierError",
     "TierFullError",
     "TransportError",
     "UnknownNameError",
+    "Version",
+    "VersionError",
     "WaitTimeoutError",
     "__version__",
     "compose",

@@ -51,3 +51,19 @@ class PageLostError(PiKVError, LookupError):
 
 class WaitTimeoutError(PiKVError, TimeoutError):
     """Work on pages that was not finished in the time that its caller would wait. It goes on."""
+
+
+class StoreError(PiKVError, OSError):
+    """A store that could not be written to or read from; what was committed before is still there."""
+
+
+class DamagedError(StoreError):
+    """What a store holds of a version is not what was committed. keys: of the pages that are missing or damaged."""
+
+    def __init__(self, message: str, keys: tuple[int, ...] = ()) -> None:
+        super().__init__(message)
+        self.keys = keys
+
+
+class VersionError(PiKVError, LookupError):
+    """A version that a store does not have, or a format that is newer than this PiKV."""

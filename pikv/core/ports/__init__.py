@@ -28,6 +28,7 @@ from pikv.core.ports.selector import (
     TokenSelector,
 )
 from pikv.core.ports.sharding import Sharding
+from pikv.core.ports.streamer import Manifest, Streamer, Version
 from pikv.core.ports.transport import Transport
 
 __all__ = [
@@ -44,6 +45,7 @@ __all__ = [
     "IndexForm",
     "IndexMeaning",
     "IndexedPages",
+    "Manifest",
     "MassSelector",
     "MemoryTier",
     "NeedsRotary",
@@ -61,7 +63,9 @@ __all__ = [
     "SealKernel",
     "Sharding",
     "StepKernel",
+    "Streamer",
     "Ticket",
     "TokenSelector",
     "Transport",
+    "Version",
 ]
