@@ -47,7 +47,7 @@ from pikv.policies import (
     Uniform,
 )
 
-_PARTS: dict[str, dict[str, Callable[..., Any]]] = {
+PARTS: dict[str, dict[str, Callable[..., Any]]] = {
     "allocator": {"adakv": AdaKV, "duo_attention": DuoAttention, "pyramid": Pyramid, "uniform": Uniform},
     "compressor": {"exact": Exact, "int2": Int2, "int4": Int4, "int8": Int8},
     "router": {"latency_aware": LatencyAware, "top_k": TopK},
@@ -67,7 +67,7 @@ _PARTS: dict[str, dict[str, Callable[..., Any]]] = {
     "when_full": {"evict_oldest": EvictOldest, "refuse": Refuse},
 }
 _PARTS_OF_PARTS = {"across": "allocator", "scored_by": "token_selector"}  # settings that are parts, and their kind
-_NUMBERS = ("budget_tokens", "page_size", "tail_tokens")
+NUMBERS = ("budget_tokens", "page_size", "tail_tokens")
 
 
 def installed_backends() -> tuple[Backend, ...]:
@@ -128,9 +128,9 @@ def runtime_from(names: Mapping[str, Any], model: ModelConfig, *, transport: Tra
     """
     given = {key: value for key, value in names.items() if value is not None}
     for key in given:
-        if key not in _PARTS and key not in _NUMBERS:
-            raise _unknown("key", key, [*_PARTS, *_NUMBERS])
-    settings = {key: value if key in _NUMBERS else _build(key, value) for key, value in given.items()}
+        if key not in PARTS and key not in NUMBERS:
+            raise _unknown("key", key, [*PARTS, *NUMBERS])
+    settings = {key: value if key in NUMBERS else build(key, value) for key, value in given.items()}
     if "shard_by" in settings:
         settings["sharding"] = settings.pop("shard_by")
     if "budget_tokens" in settings:
@@ -138,21 +138,22 @@ def runtime_from(names: Mapping[str, Any], model: ModelConfig, *, transport: Tra
     return RuntimeConfig(transport=transport, backends=installed_backends(), **settings)
 
 
-def _build(key: str, value: Any) -> Any:
+def build(key: str, value: Any) -> Any:
+    """One part from its name, or from {"name": ..., setting: value}; see runtime_from. key: the kind of part."""
     described = dict(value) if isinstance(value, Mapping) else {"name": value}
-    known = _PARTS[key]
+    known = PARTS[key]
     if "name" not in described:
         raise UnknownNameError(f'{key} needs a "name" beside {described}; it is one of {", ".join(sorted(known))}')
     name = described.pop("name")
     if not isinstance(name, str) or name not in known:
         raise _unknown(key, name, list(known))
     settings = {
-        field: _build(_PARTS_OF_PARTS[field], v) if field in _PARTS_OF_PARTS else v for field, v in described.items()
+        field: build(_PARTS_OF_PARTS[field], v) if field in _PARTS_OF_PARTS else v for field, v in described.items()
     }
     try:
         return known[name](**settings)
     except TypeError as error:
-        takes = ", ".join(field.name for field in attrs.fields(known[name])) or "no settings"
+        takes = ", ".join(field.name for field in attrs.fields(known[name]) if field.init) or "no settings"
         raise ConfigError(f"{key} {name!r} does not take {described}: {error}; it takes {takes}") from error
 
 
