@@ -21,11 +21,11 @@ import pikv
 from pikv.adapters.compressors import Int2, Int4, Int8
 from pikv.adapters.numba_cpu import NumbaCpu
 from pikv.core.exact import Exact
-from pikv.core.ports import Backend, Compressor, IndexedPages, NewPages, PageCodec
+from pikv.core.ports import Backend, Compressor, IndexedPages, NewPages, PageCodec, PageSelector
 from pikv.core.tables import new_pages
 from pikv.core.tail import Tail
 from pikv.core.torch_backend import TorchBackend
-from pikv.policies import Quest
+from pikv.policies import KeyCodes, Quest
 
 KV_HEADS, HEAD_DIM, PAGE_SIZE = 8, 128, 64
 LAYER = pikv.LayerConfig(query_heads=32, kv_heads=KV_HEADS, key_dim=HEAD_DIM, value_dim=HEAD_DIM)
@@ -50,12 +50,13 @@ def codec_of(compressor: Compressor) -> PageCodec:
     return PageCodec(compressor=compressor, layer=LAYER, form=form)
 
 
-def choosing(tokens: int) -> Work:
-    """2048 of so many tokens, by an index in the order that sealing gives it."""
-    selector, pages = Quest(pages=2048 // PAGE_SIZE), tokens // PAGE_SIZE
-    nbytes = pages * KV_HEADS * 4 * HEAD_DIM
-    copies = timing.copies_for(nbytes)
-    index = torch.randn(copies, pages * KV_HEADS, 2, HEAD_DIM).sort(2).values.half()
+def choosing(selector: PageSelector, tokens: int) -> Work:
+    """Some of so many tokens, by an index in the order that sealing gives it."""
+    form, pages = selector.index_form(LAYER, PAGE_SIZE), tokens // PAGE_SIZE
+    one = torch.empty(pages * KV_HEADS, *form.shape, dtype=form.dtype)
+    selector.index(torch.randn(len(one), PAGE_SIZE, HEAD_DIM), one)
+    copies = timing.copies_for(one.nbytes)
+    index = one.expand(copies, *one.shape).clone()
     ids = torch.arange(pages * KV_HEADS, dtype=torch.int32).view(pages, 1, KV_HEADS).permute(1, 2, 0).contiguous()
     counts = torch.full((1, KV_HEADS), pages)
     indexed = [IndexedPages(index=each, ids=ids, counts=counts) for each in index]
@@ -65,8 +66,8 @@ def choosing(tokens: int) -> Work:
         kernel = backend.choose(selector, codec_of(Exact()), CPU)
         assert kernel is not None
         run = lambda copy, kernel=kernel: kernel(query, indexed[copy])  # noqa: E731  # a default binds the kernel
-        contestants.append(Contestant(name=name, run=run, copies=copies, nbytes=nbytes))
-    return Work(f"choose 2048 of {tokens} tokens", contestants)
+        contestants.append(Contestant(name=name, run=run, copies=copies, nbytes=one.nbytes))
+    return Work(f"choose of {tokens} tokens: {selector}", contestants)
 
 
 def sealing(name: str) -> Work:
@@ -90,7 +91,10 @@ def sealing(name: str) -> Work:
 
 def works() -> Iterator[Work]:
     for tokens in CONTEXTS:
-        yield choosing(tokens)
+        yield choosing(Quest(pages=2048 // PAGE_SIZE), tokens)
+    for tokens in CONTEXTS:
+        yield choosing(KeyCodes(pages=2048 // PAGE_SIZE), tokens)
+    yield choosing(KeyCodes(pages=2048 // PAGE_SIZE, mass=0.9), CONTEXTS[1])
     for name in COMPRESSORS:
         yield sealing(name)
 
@@ -116,9 +120,9 @@ def main() -> None:
     columns = ("work", "torch, ms", "numba, ms", "times faster", "numba: fraction of a plain read")
     heading = (
         f"One layer: 32 query heads, {KV_HEADS} KV heads, head_dim {HEAD_DIM}, page_size {PAGE_SIZE}. Choosing reads "
-        "Quest's index of all pages; sealing takes float32 tokens from the tail and writes Quest's index too. Medians "
-        f"over {arguments.rounds} rounds of {timing.TIMED_CALLS} cold reads; the last column compares with reading "
-        "what goes in."
+        "the selector's index of all pages; sealing takes float32 tokens from the tail and writes Quest's index too. "
+        f"Medians over {arguments.rounds} rounds of {timing.TIMED_CALLS} cold reads; the last column compares with "
+        "reading what goes in."
     )
     text = "\n".join([heading, "", f"{tables.machine()}.", "", tables.command(), "", tables.markdown(columns, body)])
     tables.save(text, arguments.output)

@@ -16,9 +16,9 @@ from pikv.core.exact import Exact
 from pikv.core.ports import Backend, Compressor, IndexedPages, NewPages, PageCodec, PageIndex, PageSelector
 from pikv.core.tail import Tail
 from pikv.core.torch_backend import TorchBackend
-from pikv.policies import Quest
+from pikv.policies import KeyCodes, Quest
 from pikv.testing.backend import CPU, codec
-from pikv.testing.page_kernels import PageKernelConformance
+from pikv.testing.page_kernels import ChoiceMade, PageKernelConformance
 
 numba_cpu = pytest.importorskip("pikv.adapters.numba_cpu", reason="numba is not installed")
 
@@ -27,6 +27,7 @@ class TestNumbaPageKernels(PageKernelConformance):
     """The shipped suite, by the best way that this processor has."""
 
     path = None
+    share_tolerance = 2e-3  # of queries in bytes
 
     def make(self) -> Backend:
         return numba_cpu.NumbaCpu(path=self.path)
@@ -40,18 +41,22 @@ class TestNumbaPageKernels(PageKernelConformance):
     def selectors(self) -> Iterable[PageSelector]:
         yield from super().selectors()
         yield Quest(pages=2)
+        for bits, mass in ((1, 0.5), (2, 0.9), (2, None), (4, 0.99)):
+            yield KeyCodes(bits=bits, pages=25, mass=mass)
 
     def test_has_all_kernels(self):
         """For every codec of this suite, and for a key_dim of whole vectors."""
         for each in self.codecs():
             assert self.make().seal(each, Quest(), CPU) is not None
-        assert self.make().choose(Quest(), codec(Exact()), CPU) is not None
+        for selector in (Quest(), KeyCodes(bits=1), KeyCodes(bits=2), KeyCodes(bits=4)):
+            assert self.make().choose(selector, codec(Exact()), CPU) is not None
 
 
 class TestPortablePageKernels(TestNumbaPageKernels):
     """The same, as on a processor without AVX-512."""
 
     path = "portable"
+    share_tolerance = 1e-5
 
 
 class Negated(Compressor):
@@ -72,7 +77,10 @@ def test_what_it_has_no_kernel_for():
     backend, each = numba_cpu.NumbaCpu(), codec(Exact())
     elsewhere = torch.device("meta")
     assert backend.choose(Quest(), each, elsewhere) is None
-    assert backend.choose(Quest(), codec(Exact(), key_dim=20), CPU) is None
+    for selector in (Quest(), KeyCodes()):
+        assert backend.choose(selector, codec(Exact(), key_dim=20), CPU) is None
+    assert backend.choose(KeyCodes(bits=1), codec(Exact(), key_dim=48), CPU) is None
+    assert backend.choose(KeyCodes(), codec(Exact(), softcap=5.0), CPU) is None
     assert backend.seal(each, None, elsewhere) is None
     assert backend.seal(codec(Negated()), None, CPU) is None
 
@@ -139,6 +147,51 @@ def test_the_choice_has_the_scores_of_torchs(data):
     one, other = (scores.gather(-1, choice.columns).sort(-1).values for choice in chosen)
     assert torch.equal(chosen[0].reads, chosen[1].reads)
     assert torch.equal(one, other)
+
+
+@pytest.mark.property
+@given(st.data())
+def test_the_choice_by_codes_is_torchs(data):
+    """Queries of whole numbers, whose bytes are exact: the same shares of attention, and as few pages for a mass."""
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**32)))
+    kv_heads, group, width = (data.draw(st.integers(1, most)) for most in (3, 12, 60))
+    bits, page_size = data.draw(st.sampled_from([1, 2, 4])), data.draw(st.sampled_from([16, 64]))
+    each = codec(Exact(), page_size=page_size, kv_heads=kv_heads, group=group, key_dim=32)
+    selector = KeyCodes(
+        bits=bits,
+        pages=data.draw(st.integers(5, 40)),
+        min_pages=data.draw(st.integers(1, 5)),
+        mass=data.draw(st.sampled_from([None, 0.3, 0.9, 1.0])),
+    )
+    count = 2 * kv_heads * width
+    keys = torch.randint(0, 2**bits, (count, page_size, 32), generator=generator).float()
+    keys[:, 0], keys[:, 1] = 0.0, 2.0**bits - 1  # so that zeros are 0 and scales 1, but for one bit
+    index = torch.empty(count, *selector.index_form(each.layer, page_size).shape, dtype=torch.uint8)
+    selector.index(keys, index)
+    query = torch.randint(-9, 10, (2, kv_heads, group, 32), generator=generator) / 8
+    query[..., 0] = 127 / 8
+    pages = IndexedPages(
+        index=index,
+        ids=torch.randperm(count, generator=generator).int().view(2, kv_heads, width),
+        counts=torch.randint(0, width + 1, (2, kv_heads), generator=generator),
+    )
+    beside = 20 * torch.randn(2, kv_heads, group, generator=generator)
+    one, other = (
+        backend.choose(selector, each, CPU)(query, pages, beside=beside)
+        for backend in (TorchBackend(), numba_cpu.NumbaCpu())
+    )
+    atol = 1e-2 if bits == 1 else 1e-4  # scales of one bit are any numbers
+    torch.testing.assert_close(one.left_out, other.left_out, atol=atol + (selector.mass is not None), rtol=0)
+    if selector.mass is None:
+        assert torch.equal(one.reads, other.reads)
+    else:
+        made = [ChoiceMade(selector, each, choice, pages, query * each.layer.scale, beside) for choice in (one, other)]
+        torch.testing.assert_close(made[1].left_out(), other.left_out, atol=atol, rtol=0)
+        most = pages.counts.clamp(max=selector.pages)
+        fine = made[1].left_out() <= 1 - selector.mass + atol
+        least = made[1].left_out(but=1) > 1 - selector.mass - atol
+        assert bool((fine | (other.reads == most)).all())
+        assert bool((least | (other.reads == most.clamp(max=selector.min_pages))).all())
 
 
 def test_numbers_beyond_float16_are_refused():

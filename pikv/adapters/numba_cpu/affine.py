@@ -13,7 +13,7 @@ from typing import Any
 from pikv.adapters.numba_cpu.compiled import part
 from pikv.adapters.numba_cpu.dense import fetch
 from pikv.adapters.numba_cpu.pages import add_values, does, score_keys
-from pikv.adapters.numba_cpu.shape import HALF, AffineField, DotField
+from pikv.adapters.numba_cpu.shape import HALF, AffineField, ByteField, DotField
 from pikv.adapters.numba_cpu.simd import (
     add,
     both_bits,
@@ -41,7 +41,7 @@ from pikv.adapters.numba_cpu.tiles import (
 TOPS, FOLDED = 32, 64
 
 
-@does(score_keys, AffineField, DotField)
+@does(score_keys, AffineField, DotField, ByteField)
 def score_affine(keys: Any, shape: Any, page: int, ahead: int, query: int, scores: int) -> None:
     """See score_keys."""
     scratch = scores + shape.rows * shape.score_bytes

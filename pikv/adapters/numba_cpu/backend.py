@@ -10,13 +10,14 @@ import attrs
 import torch
 
 from pikv.adapters.numba_cpu.choose import NumbaChoose, bounds_of
+from pikv.adapters.numba_cpu.codes import NumbaChooseByCodes, codes_of
 from pikv.adapters.numba_cpu.kernel import NumbaAttend
 from pikv.adapters.numba_cpu.machine import Machine, Path, machine
 from pikv.adapters.numba_cpu.seal import NumbaSeal, sides_of
 from pikv.adapters.numba_cpu.shape import NUMBERS, AffineField, DenseField, DotField, Field, Shape
 from pikv.adapters.numba_cpu.write import Stored
 from pikv.core.forms import Affine, Dense, Encoding
-from pikv.core.ports import AttendKernel, Backend, ChooseKernel, PageCodec, PageSelector, SealKernel
+from pikv.core.ports import AttendKernel, Backend, ChooseKernel, MassSelector, PageCodec, PageSelector, SealKernel
 
 LOOK_AHEAD = 16_384  # bytes, in whole pages, that memory is fetched ahead
 MOST_ROWS = 8  # queries that share the reading of a page
@@ -44,9 +45,16 @@ class NumbaCpu(Backend):
         return None if shape is None else NumbaAttend(codec=codec, shape=shape)
 
     def choose(self, selector: PageSelector, codec: PageCodec, device: torch.device) -> ChooseKernel | None:
-        """A kernel for an index of bounds on the CPU whose key_dim fills whole vectors."""
-        bounds = bounds_of(selector, codec, machine(self.path), _sources()) if device.type == "cpu" else None
-        return None if bounds is None else NumbaChoose(bounds, selector.pages)
+        """A kernel for an index of bounds or of codes, on the CPU, whose key_dim fills whole vectors."""
+        if device.type != "cpu":
+            return None
+        bounds = bounds_of(selector, codec, machine(self.path), _sources())
+        if bounds is not None:
+            return NumbaChoose(bounds, selector.pages)
+        codes = codes_of(selector, codec, machine(self.path), _sources())
+        if codes is None or not isinstance(selector, MassSelector):
+            return None
+        return NumbaChooseByCodes(codes, selector, codec.layer.scale)
 
     def seal(self, codec: PageCodec, selector: PageSelector | None, device: torch.device) -> SealKernel | None:
         """A kernel for Dense and Affine pages on the CPU, if their form is all that there is to know of them."""

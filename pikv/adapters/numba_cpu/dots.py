@@ -1,7 +1,7 @@
 """Sums of products of bytes: codes without a sign times digits with one, four of them in each lane at once.
 
 Folded numbers are written in whole multiples of a 16256th of the greatest of them, in two digits to base 128. One
-digit alone would be too coarse where channels differ in size.
+digit alone would be too coarse where channels differ in size; it is enough for estimates by codes that are coarser.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from numba import types
 from numba.extending import intrinsic
 
 from pikv.adapters.numba_cpu.affine import FOLDED, TOPS, add_codes, prepare
+from pikv.adapters.numba_cpu.compiled import part
 from pikv.adapters.numba_cpu.dense import fetch
 from pikv.adapters.numba_cpu.pages import does
-from pikv.adapters.numba_cpu.shape import DotField
+from pikv.adapters.numba_cpu.shape import ByteField, DotField
 from pikv.adapters.numba_cpu.simd import (
     INT,
     Vector,
@@ -32,22 +33,19 @@ from pikv.adapters.numba_cpu.simd import (
     splat,
     splat_int,
     spread,
+    to_float,
 )
-from pikv.adapters.numba_cpu.tiles import Tile, load_ints, spread_rows
+from pikv.adapters.numba_cpu.tiles import load_ints, spread_rows
 
 HIGHEST = 16256.0  # 127 * 128: the greatest number whose digits to base 128 are from -64 to 127
+HIGHEST_BYTE = 127.0
 SMALLEST = 1e-30  # of the greatest folded number, so that none is divided by 0
-
-
-def _pairs(tile: Tile) -> types.UniTuple:
-    """A tile of sums for each of the two digits."""
-    return types.UniTuple(Vector("i32", tile.lanes), 2 * tile.rows * tile.columns)
 
 
 @intrinsic
 def no_dots(typing: Any, tile: Any) -> Any:
-    """Two tiles of int32 zeros, the first for the higher digit."""
-    result = _pairs(tile.value)
+    """A tile of int32 zeros."""
+    result = types.UniTuple(Vector("i32", tile.value.lanes), tile.value.rows * tile.value.columns)
 
     def lower(context: Any, builder: Any, signature: Any, values: Any) -> Any:
         return context.make_tuple(
@@ -61,15 +59,14 @@ def no_dots(typing: Any, tile: Any) -> Any:
 def add_dots(typing: Any, tile: Any, dots: Any, digits: Any, stride: Any, codes: Any) -> Any:
     """Add the products of four codes in each lane and the four digits of each row at an address.
 
-    stride: bytes from the digits of a row to those of the next; the lower digits of all rows follow the higher ones.
-    codes: a row of the tile, four bytes in each lane.
+    stride: bytes from the digits of a row to those of the next. codes: a row of the tile, four bytes in each lane.
     """
     shape = tile.value
 
     def lower(context: Any, builder: Any, signature: Any, values: Any) -> Any:
         _, dots_, digits_, stride_, codes_ = values
         made = []
-        for row in range(2 * shape.rows):
+        for row in range(shape.rows):
             place = builder.add(digits_, builder.mul(stride_, ir.IntType(64)(row)))
             four = spread(builder, builder.load(at(builder, place, INT), align=1), shape.lanes)
             for column in range(shape.columns):
@@ -89,7 +86,7 @@ def _dot(builder: Any, sums: Any, unsigned: Any, signed: Any) -> Any:
 
 @intrinsic
 def digits_as_float(typing: Any, tile: Any, dots: Any) -> Any:
-    """The sums of the higher digits times 128, and those of the lower ones: a tile of float32."""
+    """The sums of the higher digits times 128, and those of the lower ones: a tile of float32. dots: of both."""
     count = tile.value.rows * tile.value.columns
     result = types.UniTuple(Vector("f32", tile.value.lanes), count)
 
@@ -155,6 +152,25 @@ def _four(builder: Any, parts: list[Any]) -> tuple[Any, Any]:
     return ordered[0], ordered[1]
 
 
+@intrinsic
+def put_bytes(typing: Any, tile: Any, numbers: Any, factor: Any, address: Any) -> Any:
+    """Write a row of float32 numbers times a factor, rounded, as bytes to an address; they are from -128 to 127."""
+    lanes, columns = tile.value.lanes, tile.value.columns
+
+    def lowered(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        for column in range(columns):
+            place, target = (
+                builder.add(start, ir.IntType(64)(step * lanes * column))
+                for start, step in ((values[1], 4), (values[3], 1))
+            )
+            whole = _nearest_int(builder, builder.fmul(lower_load(builder, place, "f32", lanes), values[2]))
+            octets = builder.trunc(whole, ir.VectorType(ir.IntType(8), lanes))
+            builder.store(octets, at(builder, target, octets.type), align=1)
+        return context.get_dummy_value()
+
+    return types.void(tile, types.int64, factor, types.int64), lowered
+
+
 @does(prepare, DotField)
 def make_digits(field: Any, scratch: int) -> None:
     """See prepare: writes to scratch the size of a unit of each row's lower digit, and the digits."""
@@ -168,16 +184,43 @@ def make_digits(field: Any, scratch: int) -> None:
             put_digits(tile, numbers + 4 * entry, factor, digits + entry, digits + rows * count + entry)
 
 
+@does(prepare, ByteField)
+def make_bytes(field: Any, scratch: int) -> None:
+    """See prepare: writes to scratch the size of a unit of each row's bytes, and the bytes."""
+    tile, rows, count = field.digits, field.rows, field.count
+    for row in range(rows):
+        unit = max(float_at(scratch + TOPS + 4 * row), np.float32(SMALLEST)) / np.float32(HIGHEST_BYTE)
+        put_float(scratch + TOPS + 4 * row, unit)
+        numbers, octets = scratch + FOLDED + 4 * row * count, scratch + FOLDED + (4 * rows + row) * count
+        factor = splat(tile, np.float32(1.0) / unit)
+        for entry in range(0, count, tile.width):
+            put_bytes(tile, numbers + 4 * entry, factor, octets + entry)
+
+
 @does(add_codes, DotField)
-def add_bytes(field: Any, page: int, ahead: int, first: int, scratch: int, sums: Any) -> Any:
+def add_digits(field: Any, page: int, ahead: int, first: int, scratch: int, sums: Any) -> Any:
     """See add_codes; four codes and digits are multiplied at once."""
-    tile, digits = field.sums, scratch + FOLDED + 4 * field.rows * field.count
+    dots = digits_as_float(field.sums, _dots(field, page, ahead, first, scratch))
+    return fma(dots, spread_rows(field.sums, scratch + TOPS), sums)
+
+
+@does(add_codes, ByteField)
+def add_bytes(field: Any, page: int, ahead: int, first: int, scratch: int, sums: Any) -> Any:
+    """See add_codes; four codes and bytes are multiplied at once."""
+    dots = to_float(_dots(field, page, ahead, first, scratch))
+    return fma(dots, spread_rows(field.sums, scratch + TOPS), sums)
+
+
+@part
+def _dots(field: Any, page: int, ahead: int, first: int, scratch: int) -> Any:
+    """The products of codes and digits, summed up: a tile `field.dots`."""
+    tile, digits = field.dots, scratch + FOLDED + 4 * field.rows * field.count
     dots = no_dots(tile)
     for word in range(field.count // field.codes_a_word):
         offset = field.codes + 4 * (word * field.width + first)
         fetch(page + offset, ahead + offset, 4 * tile.width)
         words = load_ints(tile, page + offset)
-        for part in range(field.parts):
-            codes = both_bits(shift_right(words, part * field.bits), splat_int(tile, field.byte_mask))
-            dots = add_dots(tile, dots, digits + 4 * (word * field.parts + part), field.count, codes)
-    return fma(digits_as_float(tile, dots), spread_rows(tile, scratch + TOPS), sums)
+        for four in range(field.parts):
+            codes = both_bits(shift_right(words, four * field.bits), splat_int(tile, field.byte_mask))
+            dots = add_dots(tile, dots, digits + 4 * (word * field.parts + four), field.count, codes)
+    return dots

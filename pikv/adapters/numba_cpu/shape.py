@@ -109,8 +109,29 @@ class DotField(AffineField):
         """See AffineField; each sum is kept in two digits."""
         return _tile(self.machine, self.rows, self.group, self.machine.sums // 2)
 
+    @property
+    def dots(self) -> Tile:
+        """The sums of the digits, the higher ones' first."""
+        return Tile(self.machine.lanes, 2 * self.rows, self.sums.columns)
 
-Field = DenseField | AffineField | DotField
+
+@static
+@attrs.frozen(kw_only=True)
+class ByteField(DotField):
+    """The same with numbers of one digit only, for estimates."""
+
+    @property
+    def sums(self) -> Tile:
+        """See AffineField."""
+        return _tile(self.machine, self.rows, self.group, self.machine.sums)
+
+    @property
+    def dots(self) -> Tile:
+        """See DotField."""
+        return self.sums
+
+
+Field = DenseField | AffineField | DotField | ByteField
 
 
 @static
