@@ -8,6 +8,10 @@ import os
 # It has to be set before torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# Kernels that numba compiles for a GPU run in its simulator, which has to be chosen before numba is imported.
+# `nox -s gpu` sets it to 0. Kernels for the CPU are compiled either way.
+os.environ.setdefault("NUMBA_ENABLE_CUDASIM", "1")
+
 import torch
 from hypothesis import HealthCheck, settings
 
