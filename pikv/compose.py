@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
-
-import attrs
 
 from pikv.adapters.compressors import Int2, Int4, Int8
 from pikv.core.cache import PiKVCache
@@ -23,6 +22,7 @@ from pikv.core.ports import (
     PageSelector,
     Router,
     Sharding,
+    Streamer,
     TokenSelector,
     Transport,
 )
@@ -47,11 +47,19 @@ from pikv.policies import (
     Uniform,
 )
 
+
+def _zarr(folder: str, *, keep_versions: int | None = None) -> Streamer:
+    from pikv.adapters.zarr_store import ZarrStreamer  # here, so that `import pikv` does not import obstore
+
+    return ZarrStreamer(folder, keep_versions=keep_versions)
+
+
 PARTS: dict[str, dict[str, Callable[..., Any]]] = {
     "allocator": {"adakv": AdaKV, "duo_attention": DuoAttention, "pyramid": Pyramid, "uniform": Uniform},
     "compressor": {"exact": Exact, "int2": Int2, "int4": Int4, "int8": Int8},
     "router": {"latency_aware": LatencyAware, "top_k": TopK},
     "shard_by": {"token_range": TokenRange},
+    "streamer": {"zarr": _zarr},
     "page_selector": {"key_codes": KeyCodes, "quest": Quest},
     "token_selector": {
         "importance": Importance,
@@ -93,6 +101,7 @@ def compose(
     when_full: FullPool | None = None,
     sharding: Sharding | None = None,
     transport: Transport | None = None,
+    streamer: Streamer | None = None,
     backends: Iterable[Backend] | None = None,
     pool: PagePool | None = None,
 ) -> PiKVCache:
@@ -112,6 +121,7 @@ def compose(
         when_full=Refuse() if when_full is None else when_full,
         sharding=sharding,
         transport=transport,
+        streamer=streamer,
         backends=installed_backends() if backends is None else tuple(backends),
     )
     return PiKVCache(model, runtime, pool=pool)
@@ -121,8 +131,8 @@ def runtime_from(names: Mapping[str, Any], model: ModelConfig, *, transport: Tra
     """Build a RuntimeConfig from names, as files and command lines have them.
 
     names: a part's name, or {"name": ..., setting: value}, for allocator, token_selector, page_selector, router,
-    compressor, shard_by and when_full; whole numbers for budget_tokens, page_size and tail_tokens. None stands for
-    left out.
+    compressor, streamer, shard_by and when_full; whole numbers for budget_tokens, page_size and tail_tokens. None
+    stands for left out.
 
     Raises UnknownNameError for a key or a name that does not exist, ConfigError for settings that cannot work.
     """
@@ -153,7 +163,7 @@ def build(key: str, value: Any) -> Any:
     try:
         return known[name](**settings)
     except TypeError as error:
-        takes = ", ".join(field.name for field in attrs.fields(known[name]) if field.init) or "no settings"
+        takes = ", ".join(inspect.signature(known[name]).parameters) or "no settings"
         raise ConfigError(f"{key} {name!r} does not take {described}: {error}; it takes {takes}") from error
 
 

@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
 
-from pikv.core import checks, places, reading, settling
-from pikv.core.budget import Budget, Share
+from pikv.core import checkpoint, checks, layers, places, reading, restoring, routing, settling
+from pikv.core.budget import Budget
 from pikv.core.config import ModelConfig, RuntimeConfig
 from pikv.core.errors import ConfigError, InputError, StateError
-from pikv.core.exact import Refuse
 from pikv.core.layer import PADDING, LayerCache
 from pikv.core.modes import keeps_numbers
 from pikv.core.page_reads import PageReads, ReadCounter
 from pikv.core.pool import PagePool
 from pikv.core.ports.router import Routing
+from pikv.core.ports.streamer import Version
 from pikv.core.reports import Description, StoredBytes
 from pikv.core.serving import describe, serve
-from pikv.core.slab import trim
+from pikv.core.settler import Settler
 from pikv.core.views import ContextKV, TokenView
 
 
@@ -45,15 +45,21 @@ class PiKVCache:
         if self.pool.device != model.device:
             raise ConfigError(f"pool must be on {model.device} like the model, got one on {self.pool.device}")
         self.runtime.check_serves(model)
-        self._budget = Budget.of(model, self.runtime)
         self._query_window = self.runtime.query_window
         self._served = serve(model, self.runtime)
         for served in self._served:
             self.pool.check_serves(served.codec, self.runtime.page_selector)
+        self._settler = Settler(
+            model=model,
+            runtime=self.runtime,
+            pool=self.pool,
+            served=self._served,
+            budget=Budget.of(model, self.runtime),
+        )
         self._layers: dict[int, LayerCache] = {}
         self._reads = ReadCounter(self.runtime.page_selector)
         self._prefilling = True
-        weakref.finalize(self, _abandon, self._layers)
+        weakref.finalize(self, layers.abandon, self._layers)
 
     # --- writing and reading
 
@@ -128,17 +134,8 @@ class PiKVCache:
 
         Raises ConfigError without a router or experts, InputError for another shape, StateError before any update.
         """
-        router, experts = self.runtime.router, self.model.experts
-        if router is None or experts is None or self.model.experts_per_token is None:
-            raise ConfigError("route needs a router in the runtime, and experts and experts_per_token in the model")
-        wanted = (*self._read_layer(layer_id).queried.shape, experts)
-        if probabilities.shape != wanted:
-            raise InputError(
-                f"probabilities must be [batch, tokens of the last update, experts] = {list(wanted)}, got "
-                f"{list(probabilities.shape)}"
-            )
-        places = torch.arange(experts, device=probabilities.device) * self.runtime.places // experts
-        return router.route(router.start(experts, places), probabilities.flatten(0, 1), self.model.experts_per_token)
+        batch, tokens = self._read_layer(layer_id).queried.shape
+        return routing.choose(self.model, self.runtime, probabilities, batch=batch, tokens=tokens)
 
     def retrieve(self, layer_id: int) -> ContextKV:
         """The stored tokens of a layer, decoded, oldest first: for an attention of the caller's own."""
@@ -167,57 +164,15 @@ class PiKVCache:
                 self._prefilling = True
                 raise
 
-    def _settle(self, *layers: LayerCache) -> None:
+    def _settle(self, *unsettled: LayerCache) -> None:
         """Evict to budget, slide windows and seal in these layers: in all of them, or in none if the pool is full."""
-        self._carry_out(self._decide(layers))
-        self._settled(layers)
+        self._settler.carry_out(self._settler.decide(unsettled, prefilling=self._prefilling))
+        self._settler.finish(unsettled, prefilling=self._prefilling)
 
     @property
     def evicts(self) -> bool:
         """Whether tokens may leave: by a budget, by a window, or because the pool is full."""
-        slides = any(layer.window is not None for layer in self.model.layers)
-        return slides or self._budget is not None or not isinstance(self.runtime.when_full, Refuse)
-
-    @property
-    def _holds(self) -> bool:
-        """Whether the survivors of a prompt wait in the tail, exact."""
-        return self._budget is not None and self._prefilling
-
-    def _decide(self, layers: Iterable[LayerCache]) -> list[settling.Decision]:
-        decided = (
-            settling.decide(
-                layer,
-                selector=self.runtime.token_selector,
-                share=self._share(layer),
-                split_by=self.runtime.split_by,
-                tail_tokens=None if self._holds else self.runtime.tail_tokens,
-            )
-            for layer in layers
-        )
-        return [decision for decision in decided if decision is not None]
-
-    def _share(self, layer: LayerCache) -> Share | None:
-        """What the layer's rows may keep; None without a budget."""
-        if self._budget is None:
-            return None
-        return self._budget.share(layer.layer_id, layer.needs(), anew=self._prefilling)
-
-    def _carry_out(self, decisions: list[settling.Decision]) -> None:
-        if not decisions:
-            return
-        with self.pool.locked():
-            settling.make_room(decisions, self.runtime.when_full)
-            for decision in decisions:
-                settling.carry_out(decision, self._served[decision.layer.layer_id].seal)
-        of_prompt = decisions[-1].layer.queried.shape[1] > 1
-        if of_prompt and self._budget is not None and decisions[-1].layer.layer_id == len(self.model.layers) - 1:
-            trim()  # once for each chunk, when it has gone through all layers
-
-    def _settled(self, layers: Iterable[LayerCache]) -> None:
-        for layer in layers:
-            layer.settled, layer.answer = True, None
-            if not self._holds:
-                layer.tail.shrink(self.runtime.tail_tokens + 2 * self.runtime.page_size)
+        return self._settler.evicts
 
     def _read_layer(self, layer_id: int) -> LayerCache:
         checks.layer(self.model, layer_id)
@@ -236,7 +191,8 @@ class PiKVCache:
     def fork(self) -> PiKVCache:
         """A second cache that goes on from here: sealed pages are shared, tails are copied."""
         other, everyone = PiKVCache(self.model, self.runtime, pool=self.pool), torch.arange(self.sequences)
-        other._replace({i: functools.partial(layer.select, everyone) for i, layer in self._layers.items()})
+        copies = {i: functools.partial(layer.select, everyone) for i, layer in self._layers.items()}
+        layers.replace(other._layers, copies)
         other._prefilling = self._prefilling
         return other
 
@@ -255,19 +211,7 @@ class PiKVCache:
         if not len(index):
             self.reset()
             return
-        self._replace({layer_id: functools.partial(layer.select, index) for layer_id, layer in self._layers.items()})
-
-    def _replace(self, makers: dict[int, Callable[[], LayerCache]]) -> None:
-        """Put new layers in the place of all; if one cannot be made, everything stays as it is."""
-        made: dict[int, LayerCache] = {}
-        try:
-            for layer_id, make in makers.items():
-                made[layer_id] = make()
-        except BaseException:
-            _release(made)
-            raise
-        _release(self._layers)
-        self._layers.update(made)
+        layers.replace(self._layers, {i: functools.partial(layer.select, index) for i, layer in self._layers.items()})
 
     @keeps_numbers
     def join(self, other: PiKVCache) -> None:
@@ -276,23 +220,18 @@ class PiKVCache:
         The other cache stays as it is. Layers that were updated and not settled are settled first.
         """
         if other.model != self.model or other.runtime != self.runtime or other.pool is not self.pool:
-            raise InputError(
-                "other must share the model, the runtime and the pool of this cache; build both with pool="
-            )
+            raise InputError("other must share the model, the runtime and the pool of this cache; give both one pool=")
         if not other._layers:
             return
-        if self._layers and self._layers.keys() != other._layers.keys():
-            raise StateError(
-                f"join: this cache has tokens in layers {sorted(self._layers)}, the other in {sorted(other._layers)}; "
-                "join between steps, when every layer has been updated"
-            )
+        checks.same_layers(self._layers, other._layers)
         caches = [self] if other is self else [self, other]
         pending = [(cache, [layer for layer in cache._layers.values() if not layer.settled]) for cache in caches]
-        self._carry_out([decision for cache, layers in pending for decision in cache._decide(layers)])
-        for cache, layers in pending:
-            cache._settled(layers)
+        decisions = (cache._settler.decide(unsettled, prefilling=cache._prefilling) for cache, unsettled in pending)
+        self._settler.carry_out([decision for decided in decisions for decision in decided])
+        for cache, unsettled in pending:
+            cache._settler.finish(unsettled, prefilling=cache._prefilling)
         parts = {i: [*([self._layers[i]] if self._layers else []), theirs] for i, theirs in other._layers.items()}
-        self._replace({i: functools.partial(LayerCache.joined, layers) for i, layers in parts.items()})
+        layers.replace(self._layers, {i: functools.partial(LayerCache.joined, part) for i, part in parts.items()})
         self._prefilling = self._prefilling or other._prefilling
 
     @keeps_numbers
@@ -310,10 +249,45 @@ class PiKVCache:
 
     def reset(self) -> None:
         """Forget everything; the next update may bring another batch."""
-        _release(self._layers)
+        layers.release(self._layers)
         self._layers.clear()
         self._reads = ReadCounter(self.runtime.page_selector)
         self._prefilling = True
+
+    # --- away and back
+
+    @keeps_numbers
+    def commit(self) -> Version:
+        """Make a version of all that the cache holds, durable when this returns: only new pages are written.
+
+        Between steps. Raises ConfigError without a streamer; StoreError, the cache and older versions as before.
+        """
+        return checkpoint.commit(self.model, self.runtime, self.pool, self._layers, self._prefilling)
+
+    @classmethod
+    @keeps_numbers
+    def restore(
+        cls,
+        model: ModelConfig,
+        runtime: RuntimeConfig,
+        version: Version | None = None,
+        *,
+        pool: PagePool | None = None,
+        may_differ: Iterable[str] = (),
+    ) -> PiKVCache:
+        """The cache of a version of the runtime's streamer, the newest by default, which goes on as that one would.
+
+        may_differ: names of policies that may be others than at the commit, such as "page_selector". Backends, the
+        device and tiers may always be.
+
+        Raises ConfigError for another model or composition; VersionError; PoolFullError; DamagedError, which says what
+        tokens are lost and which version is undamaged, `newest_good`.
+        """
+        cache = cls(model, runtime, pool=pool)
+        restored = restoring.restore(model, runtime, cache.pool, cache._served, version, may_differ)
+        cache._layers.update(restored[0])
+        cache._prefilling = restored[1]
+        return cache
 
     # --- reports
 
@@ -339,14 +313,3 @@ class PiKVCache:
     def describe(self) -> Description:
         """Which parts are composed, and which backend attends in each layer."""
         return describe(self.runtime, self._served)
-
-
-def _release(layers: dict[int, LayerCache]) -> None:
-    for layer in layers.values():
-        layer.release()
-
-
-def _abandon(layers: dict[int, LayerCache]) -> None:
-    """Release at a moment that the garbage collector chose, which may be within the pool's own code."""
-    for layer in layers.values():
-        layer.pool.release_later(layer.codec.form, layer.table.held())

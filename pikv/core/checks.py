@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -136,6 +137,15 @@ def same_batch(held: LayerCache, batch: int, name: str) -> None:
         raise InputError(
             f"{name} must have batch = {held.sequences}, the sequences of this cache, got {batch}; "
             "use join and drop to change the batch"
+        )
+
+
+def same_layers(held: Mapping[int, LayerCache], other: Mapping[int, LayerCache]) -> None:
+    """Raise if two caches to be joined have tokens in different layers."""
+    if held and held.keys() != other.keys():
+        raise StateError(
+            f"join: this cache has tokens in layers {sorted(held)}, the other in {sorted(other)}; join between steps, "
+            "when every layer has been updated"
         )
 
 

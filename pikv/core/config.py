@@ -24,6 +24,7 @@ from pikv.core.ports import (
     Router,
     ScoreAllocator,
     Sharding,
+    Streamer,
     TokenSelector,
     Transport,
 )
@@ -195,7 +196,7 @@ class RuntimeConfig:
     the mean number of tokens that a layer and KV head may keep, sinks and tail included, on all ranks together; None
     keeps everything.
     backends: asked in this order for a kernel, once a layer. transport and sharding: where tokens are stored when
-    several ranks decode together.
+    several ranks decode together. streamer: where `commit` puts versions; it stays its maker's to close.
     """
 
     compressor: Compressor = attrs.field(factory=Exact, validator=_is_a(Compressor))
@@ -210,6 +211,7 @@ class RuntimeConfig:
     backends: tuple[Backend, ...] = attrs.field(default=(TorchBackend(),), converter=tuple)
     transport: Transport | None = attrs.field(default=None, validator=_is_a(Transport))
     sharding: Sharding | None = attrs.field(default=None, validator=_is_a(Sharding))
+    streamer: Streamer | None = attrs.field(default=None, validator=_is_a(Streamer))
 
     def __attrs_post_init__(self) -> None:
         if self.page_size not in PAGE_SIZES:

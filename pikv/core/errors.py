@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pikv.core.ports.streamer import Version
+    from pikv.core.reports import LostTokens
+
 
 class PiKVError(Exception):
     """The base of all errors that PiKV raises on purpose."""
@@ -58,11 +64,22 @@ class StoreError(PiKVError, OSError):
 
 
 class DamagedError(StoreError):
-    """What a store holds of a version is not what was committed. keys: of the pages that are missing or damaged."""
+    """What a store holds of a version is not what was committed.
 
-    def __init__(self, message: str, keys: tuple[int, ...] = ()) -> None:
+    keys: of the pages that are missing or damaged, as far as is known. Of a cache that could not be restored, lost:
+    the tokens that would have to be computed again; newest_good: the newest version that is undamaged.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        keys: tuple[int, ...] = (),
+        *,
+        lost: tuple[LostTokens, ...] = (),
+        newest_good: Version | None = None,
+    ) -> None:
         super().__init__(message)
-        self.keys = keys
+        self.keys, self.lost, self.newest_good = keys, lost, newest_good
 
 
 class VersionError(PiKVError, LookupError):

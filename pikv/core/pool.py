@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import mmap
+import secrets
 import threading
 from collections import deque
 from typing import TYPE_CHECKING
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from pikv.core.ports import PageCodec, PageSelector
 
 _FREE = -1
+_NAMELESS = -1
 
 
 class _FormSlab:
@@ -61,6 +63,8 @@ class PagePool:
         self._indexes = self._make_indexes(model, runtime)
         self._row_of = torch.empty(0, dtype=torch.int32)
         self._references = torch.empty(0, dtype=torch.int32)
+        self._names = torch.empty(0, dtype=torch.int64)
+        self._next_name = secrets.randbits(62)
         self._free_ids: list[int] = []
         self._used_bytes = 0
         self._lock = threading.RLock()
@@ -101,7 +105,7 @@ class PagePool:
     @property
     def bytes_a_page(self) -> int:
         """The bytes that the pool's own tables take for each page."""
-        return self._row_of.itemsize + self._references.itemsize
+        return self._row_of.itemsize + self._references.itemsize + self._names.itemsize
 
     def slab(self, form: PageForm) -> Tensor:
         """The memory of a form's pages: uint8 [rows, stride]."""
@@ -143,6 +147,25 @@ class PagePool:
         """The slab rows of pages: int32, the shape of ids."""
         return self._row_of[ids]
 
+    def names(self, ids: Tensor) -> Tensor:
+        """The names of pages, int64, the shape of ids: for as long as they live, in any store; below 0 before any."""
+        return self._names[ids]
+
+    def name_new(self, ids: Tensor) -> None:
+        """Give names to those of the pages int32 [n], distinct, that have none, in this order.
+
+        The first name of a pool is a random number, so that pools, wherever they are, do not give the same.
+        """
+        with self._lock:
+            nameless = ids[self._names[ids] == _NAMELESS]
+            self._names[nameless] = self._next_name + torch.arange(len(nameless))
+            self._next_name += len(nameless)
+
+    def name(self, ids: Tensor, names: Tensor) -> None:
+        """Give pages int32 [n] the names int64 [n] that they have in a store."""
+        with self._lock:
+            self._names[ids] = names
+
     def retain(self, ids: Tensor) -> None:
         """Hold pages once more; an id that comes twice is held twice."""
         with self._lock:
@@ -161,6 +184,7 @@ class PagePool:
             for run in torch.tensor_split(rows, breaks.tolist()):
                 slab.release(int(run[0]), int(run[-1]) + 1)
             self._row_of[freed] = _FREE
+            self._names[freed] = _NAMELESS
             self._free_ids.extend(reversed(freed.tolist()))
             self._used_bytes -= len(freed) * slab.stride
 
@@ -212,6 +236,7 @@ class PagePool:
             grown = torch.full((new - old,), _FREE, dtype=torch.int32)
             self._row_of = torch.cat([self._row_of, grown])
             self._references = torch.cat([self._references, torch.zeros_like(grown)])
+            self._names = torch.cat([self._names, torch.full_like(grown, _NAMELESS, dtype=torch.int64)])
             self._free_ids[:0] = range(new - 1, old - 1, -1)
         ids = self._free_ids[len(self._free_ids) - count :]
         del self._free_ids[len(self._free_ids) - count :]

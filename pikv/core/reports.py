@@ -48,6 +48,19 @@ class StoredBytes:
         return f"{self.total / 2**20:.2f} MiB ({parts})"
 
 
+@attrs.frozen(kw_only=True)
+class LostTokens:
+    """Tokens whose keys and values are lost in one layer: positions first to last of a sequence, in some KV head."""
+
+    layer_id: int
+    sequence: int
+    first: int
+    last: int
+
+    def __str__(self) -> str:
+        return f"layer {self.layer_id} lost tokens {self.first} to {self.last} of sequence {self.sequence}"
+
+
 @attrs.frozen
 class Description:
     """Which parts a cache is composed of, and which backend serves each step and why."""

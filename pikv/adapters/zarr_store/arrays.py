@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import google_crc32c
-import torch
 from torch import Tensor
 
 from pikv.core.errors import DamagedError
@@ -51,13 +50,8 @@ def attributes(metadata: bytes) -> dict[str, Any]:
 
 
 def checksum(states: bytes | Tensor) -> int:
-    """CRC-32C of bytes, or of a contiguous tensor's bytes."""
-    return int(google_crc32c.value(states if isinstance(states, bytes) else flat(states)))
-
-
-def flat(states: Tensor) -> Any:
-    """The bytes of a contiguous tensor on the CPU, as a numpy array."""
-    return states.detach().reshape(-1).view(torch.uint8).numpy() if states.numel() else b""
+    """CRC-32C of bytes, or of a tensor uint8 [n]."""
+    return int(google_crc32c.value(states if isinstance(states, bytes) else states.numpy()))
 
 
 def checksums(pages: Tensor) -> list[int]:

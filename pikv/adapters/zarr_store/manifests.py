@@ -76,7 +76,7 @@ def packed(states: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, tuple[str, l
     """All states in one run of bytes, each at a multiple of 64, and where each lies."""
     runs, tensors, offset = [], {}, 0
     for name, state in states.items():
-        run = torch.from_numpy(arrays.flat(state.contiguous())) if state.numel() else torch.empty(0, dtype=torch.uint8)
+        run = state.clone(memory_format=torch.contiguous_format).flatten().view(torch.uint8)
         dtype = str(state.dtype).removeprefix("torch.")
         tensors[name] = (dtype, list(state.shape), offset, arrays.checksum(run))
         runs += [run, torch.zeros(-len(run) % 64, dtype=torch.uint8)]

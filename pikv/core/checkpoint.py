@@ -1,0 +1,72 @@
+"""Commits: what a cache holds, into a streamer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pikv.core import records
+from pikv.core.components import composition
+from pikv.core.config import ModelConfig, RuntimeConfig
+from pikv.core.errors import ConfigError
+from pikv.core.forms import PageForm
+from pikv.core.layer import LayerCache
+from pikv.core.pool import PagePool
+from pikv.core.ports import Manifest, Streamer, Version
+from pikv.core.states import taken_apart
+from pikv.core.tables import ABSENT
+
+AT_ONCE = 32 << 20  # bytes of records that are gathered for the store at a time
+
+
+def commit(
+    model: ModelConfig, runtime: RuntimeConfig, pool: PagePool, layers: Mapping[int, LayerCache], prefilling: bool
+) -> Version:
+    """See PiKVCache.commit."""
+    streamer = streamer_of(runtime)
+    _append_new_pages(streamer, pool, layers.values())
+    facts: dict[str, Any] = {"components": composition(model, runtime), "prefilling": prefilling, "layers": {}}
+    states: dict[str, Tensor] = {}
+    pages: dict[int, list[Tensor]] = {}
+    for layer_id, layer in layers.items():
+        taken, tensors = taken_apart(layer, f"layers.{layer_id}")
+        tensors[f"layers.{layer_id}.table.ids"] = _names(pool, layer)
+        length = records.record_bytes(pool, layer.codec.form)
+        facts["layers"][str(layer_id)] = {"record_bytes": length, "facts": taken}
+        states |= tensors
+        pages.setdefault(length, []).append(pool.names(layer.table.held().unique()))
+    joined = {length: torch.cat(names) for length, names in pages.items()}
+    return streamer.commit(Manifest(facts=facts, states=states, pages=joined))
+
+
+def streamer_of(runtime: RuntimeConfig) -> Streamer:
+    """The runtime's streamer; ConfigError without one."""
+    if runtime.streamer is None:
+        raise ConfigError("commit and restore need a streamer in the runtime, such as ZarrStreamer(folder)")
+    return runtime.streamer
+
+
+def _append_new_pages(streamer: Streamer, pool: PagePool, layers: Iterable[LayerCache]) -> None:
+    """In the order of their slab rows, so that runs are long and pages that were sealed together stay together."""
+    held: dict[PageForm, list[Tensor]] = {}
+    for layer in layers:
+        held.setdefault(layer.codec.form, []).append(layer.table.held())
+    for form, parts in held.items():
+        ids = torch.cat(parts).unique()
+        ids = ids[pool.rows(ids).argsort()]
+        pool.name_new(ids)
+        names = pool.names(ids)
+        new = torch.nonzero(~streamer.holds(names)).flatten()
+        for some in new.split(max(1, AT_ONCE // records.record_bytes(pool, form))):
+            streamer.append(names[some], records.of_pages(pool, form, ids[some]))
+
+
+def _names(pool: PagePool, layer: LayerCache) -> Tensor:
+    """The page table by names instead of ids: int64 [sequences, kv_heads, width]."""
+    ids = layer.table.ids[..., : layer.table.width]
+    names = torch.full(ids.shape, ABSENT, dtype=torch.int64)
+    names[ids != ABSENT] = pool.names(ids[ids != ABSENT])
+    return names

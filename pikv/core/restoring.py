@@ -1,0 +1,153 @@
+"""Restoring: a cache out of a version of a streamer, bit for bit, or an error that says what is lost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor
+
+from pikv.core import records
+from pikv.core.checkpoint import AT_ONCE, streamer_of
+from pikv.core.components import check_same, composition
+from pikv.core.config import ModelConfig, RuntimeConfig
+from pikv.core.errors import DamagedError
+from pikv.core.layer import LayerCache
+from pikv.core.pool import PagePool
+from pikv.core.ports import Manifest, PageCodec, PageSelector, Streamer, Version
+from pikv.core.reports import LostTokens
+from pikv.core.serving import Served
+from pikv.core.states import put_together
+from pikv.core.tables import ABSENT
+
+
+@attrs.frozen(kw_only=True)
+class Source:
+    """A version that was opened. reindex: makes the index of the pages anew; None takes it from the store."""
+
+    streamer: Streamer
+    version: Version
+    manifest: Manifest
+    reindex: PageSelector | None
+
+    def read(self, names: Tensor, out: Tensor) -> None:
+        """Fill out uint8 [n, record_bytes] with the records of pages int64 [n]."""
+        self.streamer.read(self.version, names, out).wait()
+
+
+def restore(
+    model: ModelConfig,
+    runtime: RuntimeConfig,
+    pool: PagePool,
+    served: list[Served],
+    version: Version | None,
+    may_differ: Iterable[str],
+) -> tuple[dict[int, LayerCache], bool]:
+    """The layers of a version, which hold their pages, and whether their prompt goes on; see PiKVCache.restore."""
+    streamer = streamer_of(runtime)
+    chosen = next(reversed(streamer.versions()), None) if version is None else version
+    try:
+        manifest = streamer.manifest(chosen)
+        source = _checked(model, runtime, streamer, chosen or Version(0), manifest, may_differ)
+        return _layers(source, pool, served), manifest.facts["prefilling"]
+    except DamagedError as error:
+        raise _told(error, streamer, chosen) from error
+
+
+def _checked(
+    model: ModelConfig,
+    runtime: RuntimeConfig,
+    streamer: Streamer,
+    version: Version,
+    manifest: Manifest,
+    may_differ: Iterable[str],
+) -> Source:
+    stored, now = manifest.facts["components"], composition(model, runtime)
+    check_same(stored, now, may_differ)
+    reindex = runtime.page_selector if stored["page_selector"] != now["page_selector"] else None
+    return Source(streamer=streamer, version=version, manifest=manifest, reindex=reindex)
+
+
+def _layers(source: Source, pool: PagePool, served: list[Served]) -> dict[int, LayerCache]:
+    layers: dict[int, LayerCache] = {}
+    try:
+        for number, facts in source.manifest.facts["layers"].items():
+            layers[int(number)] = _layer(source, int(number), facts, pool, served[int(number)].codec)
+    except BaseException:
+        for layer in layers.values():
+            layer.release()
+        raise
+    return layers
+
+
+def _layer(source: Source, layer_id: int, facts: Mapping[str, Any], pool: PagePool, codec: PageCodec) -> LayerCache:
+    states, name = source.manifest.states, f"layers.{layer_id}"
+    layer = LayerCache(
+        layer_id=layer_id,
+        codec=codec,
+        pool=pool,
+        **put_together(LayerCache, facts["facts"], states, name, pool.device),
+    )
+    names = layer.table.ids  # as the store has them; they become ids of this pool
+    held = names[names != ABSENT].unique()
+    ids = pool.allocate(codec.form, len(held))
+    try:
+        _read_pages(source, pool, codec, ids, held, facts["record_bytes"])
+        pool.name(ids, held)
+        numbers = torch.searchsorted(held, names.clamp(min=0)).clamp(max=max(0, len(held) - 1))
+        layer.table.ids = (ids[numbers] if len(held) else names.int()).masked_fill(names == ABSENT, ABSENT)
+        pool.retain(layer.table.held())
+    finally:
+        pool.release(codec.form, ids)
+    return layer
+
+
+def _read_pages(
+    source: Source, pool: PagePool, codec: PageCodec, ids: Tensor, names: Tensor, record_bytes: int
+) -> None:
+    for some in torch.arange(len(ids)).split(max(1, AT_ONCE // record_bytes)):
+        out = records.target(pool, codec.form, ids[some], record_bytes)
+        source.read(names[some], out)
+        records.put(pool, codec, ids[some], out, source.reindex)
+
+
+def _told(error: DamagedError, streamer: Streamer, version: Version | None) -> DamagedError:
+    """The error with all that is lost, and what can be restored instead."""
+    lost = [] if version is None else _lost(streamer, version)
+    good = streamer.newest_good()
+    tokens = "".join(f"; {each}" for each in lost[:8]) + ("; ..." if len(lost) > 8 else "")
+    instead = "no version is undamaged" if good is None else f"restore version={good!r}, the newest undamaged one"
+    return DamagedError(f"{error}{tokens}; {instead}", error.keys, lost=tuple(lost), newest_good=good)
+
+
+def _lost(streamer: Streamer, version: Version) -> list[LostTokens]:
+    """The tokens whose pages are missing or damaged; none where the manifest itself is."""
+    try:
+        manifest = streamer.manifest(version)
+    except DamagedError:
+        return []
+    damaged: list[int] = []
+    for record_bytes, names in manifest.pages.items():
+        for some in names.split(max(1, AT_ONCE // record_bytes)):
+            try:
+                streamer.read(version, some, torch.empty(len(some), record_bytes, dtype=torch.uint8)).wait()
+            except DamagedError as error:
+                damaged += error.keys
+    return [tokens for number in manifest.facts["layers"] for tokens in _ranges(manifest, int(number), damaged)]
+
+
+def _ranges(manifest: Manifest, layer_id: int, damaged: list[int]) -> Iterable[LostTokens]:
+    """For each sequence of a layer the positions of damaged pages, those of all heads together.
+
+    What is known of a page that cannot be read: its last position, and that it begins after the page before.
+    """
+    names, newest = (manifest.states[f"layers.{layer_id}.table.{field}"] for field in ("ids", "newest"))
+    first = torch.cat([torch.zeros_like(newest[..., :1]), newest[..., :-1] + 1], dim=-1)
+    first = torch.maximum(first, manifest.states[f"layers.{layer_id}.forgotten"][:, None, None] + 1)
+    bad = torch.isin(names, torch.tensor(damaged, dtype=torch.int64))
+    for sequence in torch.nonzero(bad.any(-1).any(-1)).flatten().tolist():
+        spans = zip(first[sequence][bad[sequence]].tolist(), newest[sequence][bad[sequence]].tolist(), strict=True)
+        for start, stop in sorted(set(spans)):
+            yield LostTokens(layer_id=layer_id, sequence=sequence, first=start, last=stop)
