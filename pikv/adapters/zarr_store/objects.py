@@ -97,7 +97,7 @@ class Folder(Objects):
             os.link(self._root / partial, self._root / name)  # unlike a rename it replaces nothing
         finally:
             (self._root / partial).unlink()
-        _sync((self._root / name).parent)
+        self._sync_folders([self._root / name])
 
     def read(self, name: str) -> bytes:
         """Read a file."""
