@@ -134,6 +134,7 @@ class PiKVCache:
 
         Raises ConfigError without a router or experts, InputError for another shape, StateError before any update.
         """
+        routing.check(self.model, self.runtime)
         batch, tokens = self._read_layer(layer_id).queried.shape
         return routing.choose(self.model, self.runtime, probabilities, batch=batch, tokens=tokens)
 

@@ -7,18 +7,27 @@ from torch import Tensor
 
 from pikv.core.config import ModelConfig, RuntimeConfig
 from pikv.core.errors import ConfigError, InputError
-from pikv.core.ports.router import Routing
+from pikv.core.ports.router import Router, Routing
 
 
 def choose(model: ModelConfig, runtime: RuntimeConfig, probabilities: Tensor, *, batch: int, tokens: int) -> Routing:
     """Route probabilities [batch, tokens, experts]; raises as PiKVCache.route says."""
-    router, experts = runtime.router, model.experts
-    if router is None or experts is None or model.experts_per_token is None:
-        raise ConfigError("route needs a router in the runtime, and experts and experts_per_token in the model")
+    router, experts, k = _needed(model, runtime)
     if probabilities.shape != (batch, tokens, experts):
         raise InputError(
             f"probabilities must be [batch, tokens of the last update, experts] = {[batch, tokens, experts]}, got "
             f"{list(probabilities.shape)}"
         )
     places = torch.arange(experts, device=probabilities.device) * runtime.places // experts
-    return router.route(router.start(experts, places), probabilities.flatten(0, 1), model.experts_per_token)
+    return router.route(router.start(experts, places), probabilities.flatten(0, 1), k)
+
+
+def check(model: ModelConfig, runtime: RuntimeConfig) -> None:
+    """Raise ConfigError without a router or experts."""
+    _needed(model, runtime)
+
+
+def _needed(model: ModelConfig, runtime: RuntimeConfig) -> tuple[Router, int, int]:
+    if runtime.router is None or model.experts is None or model.experts_per_token is None:
+        raise ConfigError("route needs a router in the runtime, and experts and experts_per_token in the model")
+    return runtime.router, model.experts, model.experts_per_token
