@@ -1,0 +1,118 @@
+"""The Zarr store in an S3 bucket, of a server on this machine."""
+
+from __future__ import annotations
+
+import boto3
+import obstore
+import pytest
+import torch
+from moto.server import ThreadedMotoServer
+from obstore.store import S3Store
+
+import pikv
+from pikv.adapters.zarr_store import ZarrStreamer
+from pikv.testing.memory_tier import PAGE_BYTES, numbers, pages_of
+from pikv.testing.streamer import StreamerConformance, check_pages, manifest_of
+
+KEYS = {"aws_access_key_id": "any", "aws_secret_access_key": "any", "region_name": "us-east-1"}
+
+
+@pytest.fixture(scope="module")
+def server():
+    server = ThreadedMotoServer(port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+def bucket(endpoint, name, **options):
+    client = boto3.client("s3", endpoint_url=endpoint, **KEYS)
+    client.create_bucket(Bucket=name)
+    client.close()
+    return store_of(endpoint, name, **options)
+
+
+def store_of(endpoint, name, **options):
+    return S3Store(
+        name,
+        endpoint=endpoint,
+        access_key_id="any",
+        secret_access_key="any",
+        region="us-east-1",
+        client_options={"allow_http": True},
+        virtual_hosted_style_request=False,
+        **options,
+    )
+
+
+class TestS3(StreamerConformance):
+    @pytest.fixture(autouse=True)
+    def bucket(self, server, request):
+        self.store = bucket(server, f"test-{abs(hash(request.node.name))}")
+
+    def open(self):
+        return ZarrStreamer(self.store, segment_bytes=2 * PAGE_BYTES)
+
+    def objects(self):
+        names = [each["path"] for some in obstore.list(self.store) for each in some]
+        return {name: bytes(obstore.get(self.store, name).bytes()) for name in names}
+
+    def put(self, name, states):
+        if states is None:
+            obstore.delete(self.store, name)
+        else:
+            obstore.put(self.store, name, states)
+
+    @pytest.mark.slow  # hundreds of requests
+    def test_it_equals_a_list_of_versions(self):
+        super().test_it_equals_a_list_of_versions()
+
+    @pytest.mark.slow  # thousands
+    def test_no_damage_goes_unnoticed(self):
+        super().test_no_damage_goes_unnoticed()
+
+
+def test_a_cache_goes_on_from_a_bucket(server):
+    """Committed here, restored as another machine would."""
+    model = pikv.ModelConfig(layers=2, query_heads=2, kv_heads=2, head_dim=16)
+    store, generator = bucket(server, "caches"), torch.Generator().manual_seed(0)
+    cache = pikv.compose(model, page_size=16, tail_tokens=16, streamer=ZarrStreamer(store))
+    for layer_id in range(2):
+        k, v, q = torch.randn(3, 1, 2, 100, 16, generator=generator)
+        cache.update(layer_id, 0, k, v)
+        cache.attend(layer_id, q)
+    cache.commit()
+    runtime = pikv.RuntimeConfig(page_size=16, tail_tokens=16, streamer=ZarrStreamer(store))
+    restored = pikv.PiKVCache.restore(model, runtime)
+    for layer_id in range(2):
+        assert torch.equal(restored.retrieve(layer_id).keys, cache.retrieve(layer_id).keys)
+
+
+def test_a_server_that_goes_away_loses_nothing():
+    """StoreError, in time; what was committed is there when the server is."""
+    first = ThreadedMotoServer(port=0, verbose=False)
+    first.start()
+    host, port = first.get_host_and_port()
+    store = bucket(f"http://{host}:{port}", "gone", retry_config={"max_retries": 0})
+    with ZarrStreamer(store) as streamer:
+        streamer.append(numbers(1), pages_of(numbers(1)))
+        version = streamer.commit(manifest_of(1))
+        first.stop()
+        streamer.append(numbers(2), pages_of(numbers(2)))
+        with pytest.raises(pikv.StoreError, match="what was committed before is unchanged"):
+            streamer.commit(manifest_of(1, 2))
+        again = ThreadedMotoServer(port=port, verbose=False)  # the same state, since it is the process's
+        again.start()
+        assert streamer.versions() == [version]
+        check_pages(streamer, version, 1)
+        assert not streamer.holds(numbers(2))
+        streamer.append(numbers(2), pages_of(numbers(2)))
+        check_pages(streamer, streamer.commit(manifest_of(1, 2)), 1, 2)
+        again.stop()
+
+
+def test_a_bucket_that_is_not_there_is_said(server):
+    """StoreError when the store is opened."""
+    with pytest.raises(pikv.StoreError, match=r"opening .* failed"):
+        ZarrStreamer(store_of(server, "nowhere"))
