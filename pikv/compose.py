@@ -12,13 +12,16 @@ from pikv.adapters.compressors import Int2, Int4, Int8
 from pikv.core.cache import PiKVCache
 from pikv.core.config import ModelConfig, RuntimeConfig
 from pikv.core.errors import ConfigError, UnknownNameError
-from pikv.core.exact import Exact, KeepAll, Refuse
+from pikv.core.exact import Exact, KeepAll, LeastRecentlyRead, Refuse
 from pikv.core.pool import PagePool
 from pikv.core.ports import (
     Allocator,
     Backend,
     Compressor,
+    Demotion,
     FullPool,
+    MemoryTier,
+    PagePredictor,
     PageSelector,
     Router,
     Sharding,
@@ -102,10 +105,16 @@ def compose(
     sharding: Sharding | None = None,
     transport: Transport | None = None,
     streamer: Streamer | None = None,
+    tiers: Iterable[MemoryTier] = (),
+    near_bytes: int | None = None,
+    demotion: Demotion | None = None,
+    predictor: PagePredictor | None = None,
     backends: Iterable[Backend] | None = None,
     pool: PagePool | None = None,
 ) -> PiKVCache:
     """Wire parts into a cache. Parts left out are exact; a budget without an allocator is the same for all layers.
+
+    near_bytes: of pages that lie in the model's memory; by default all of it. The others go to the tiers.
 
     Raises ConfigError for a combination that cannot work, with the reason and the nearest one that does.
     """
@@ -122,8 +131,15 @@ def compose(
         sharding=sharding,
         transport=transport,
         streamer=streamer,
+        tiers=tuple(tiers),
+        demotion=LeastRecentlyRead() if demotion is None else demotion,
+        predictor=predictor,
         backends=installed_backends() if backends is None else tuple(backends),
     )
+    if near_bytes is not None:
+        if pool is not None:
+            raise ConfigError("near_bytes is for the pool that compose makes; a pool of your own has a capacity_bytes")
+        pool = PagePool(model, runtime, capacity_bytes=near_bytes)
     return PiKVCache(model, runtime, pool=pool)
 
 

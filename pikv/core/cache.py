@@ -20,6 +20,7 @@ from pikv.core.page_reads import PageReads, ReadCounter
 from pikv.core.pool import PagePool
 from pikv.core.ports.router import Routing
 from pikv.core.ports.streamer import Version
+from pikv.core.prefetch import Prefetcher
 from pikv.core.reports import Description, StoredBytes
 from pikv.core.serving import describe, serve
 from pikv.core.settler import Settler
@@ -58,6 +59,7 @@ class PiKVCache:
         )
         self._layers: dict[int, LayerCache] = {}
         self._reads = ReadCounter(self.runtime.page_selector)
+        self._prefetcher = Prefetcher.of(self.runtime.predictor, self._layers)
         self._prefilling = True
         weakref.finalize(self, layers.abandon, self._layers)
 
@@ -118,7 +120,7 @@ class PiKVCache:
     def _answer(self, layer: LayerCache, q: Tensor) -> Tensor:
         grouped = q.reshape(q.shape[0], layer.config.kv_heads, layer.config.group, *q.shape[2:])
         served = self._served[layer.layer_id]
-        stored = reading.attend(layer, served, grouped, layer.asked_from(), self._reads)
+        stored = reading.attend(layer, served, grouped, layer.asked_from(), self._reads, self._prefetcher)
         partial = reading.with_sinks(layer, places.merged(self.runtime, stored))
         output = partial.output.flatten(1, 2).to(q.dtype)
         if layer.padded:

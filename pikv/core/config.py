@@ -11,14 +11,17 @@ import attrs
 import torch
 
 from pikv.core.errors import ConfigError
-from pikv.core.exact import Exact, KeepAll, Refuse
+from pikv.core.exact import Exact, KeepAll, LeastRecentlyRead, Refuse
 from pikv.core.forms import PageForm
 from pikv.core.ports import (
     Allocator,
     Backend,
     Compressor,
+    Demotion,
     FullPool,
+    MemoryTier,
     NeedsRotary,
+    PagePredictor,
     PageSelector,
     QueryTokenSelector,
     Router,
@@ -196,7 +199,9 @@ class RuntimeConfig:
     the mean number of tokens that a layer and KV head may keep, sinks and tail included, on all ranks together; None
     keeps everything.
     backends: asked in this order for a kernel, once a layer. transport and sharding: where tokens are stored when
-    several ranks decode together. streamer: where `commit` puts versions; it stays its maker's to close.
+    several ranks decode together. streamer: where `commit` puts versions. tiers: where pages go that do not fit near,
+    the fastest first, with room for every page that the pool takes; demotion says which go, predictor which the next
+    layer will choose, so that they are fetched ahead. Streamer and tiers stay their maker's to close.
     """
 
     compressor: Compressor = attrs.field(factory=Exact, validator=_is_a(Compressor))
@@ -212,6 +217,9 @@ class RuntimeConfig:
     transport: Transport | None = attrs.field(default=None, validator=_is_a(Transport))
     sharding: Sharding | None = attrs.field(default=None, validator=_is_a(Sharding))
     streamer: Streamer | None = attrs.field(default=None, validator=_is_a(Streamer))
+    tiers: tuple[MemoryTier, ...] = attrs.field(default=(), converter=tuple)
+    demotion: Demotion = attrs.field(factory=LeastRecentlyRead, validator=_is_a(Demotion))
+    predictor: PagePredictor | None = attrs.field(default=None, validator=_is_a(PagePredictor))
 
     def __attrs_post_init__(self) -> None:
         if self.page_size not in PAGE_SIZES:
@@ -221,6 +229,11 @@ class RuntimeConfig:
         if (self.transport is None) != (self.sharding is None):
             given, missing = ("transport", "sharding") if self.sharding is None else ("sharding", "transport")
             raise ConfigError(f"{given} was given without {missing}; several ranks need both, one rank neither")
+        if self.predictor is not None and (not self.tiers or self.page_selector is None):
+            raise ConfigError(
+                "predictor needs tiers to fetch from and a page_selector whose choices it foresees; add them or leave "
+                "it out"
+            )
         self._check_budget()
 
     def _check_budget(self) -> None:

@@ -1,4 +1,4 @@
-"""The defaults: pages that hold what was put in, a selector that keeps everything, a pool that refuses."""
+"""The defaults: pages that hold what was put in, a selector that keeps everything, a pool that refuses, and LRU."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pikv.core.forms import Arrays, Dense, Encoding, KeyPrefix, PageForm
 from pikv.core.ports.compressor import FormCompressor
+from pikv.core.ports.demotion import Demotion, PageUse
 from pikv.core.ports.full_pool import FullPool
 from pikv.core.ports.selector import TokenSelector
 from pikv.core.views import TokenView
@@ -65,3 +66,13 @@ class Refuse(FullPool):
 
     def leaving(self, newest: Tensor, pages_needed: int) -> None:
         """Nothing leaves."""
+
+
+@final
+@attrs.frozen
+class LeastRecentlyRead(Demotion):
+    """Pages that have not been read for the longest time go first."""
+
+    def warmth(self, use: PageUse) -> Tensor:
+        """When each was read."""
+        return use.read_at

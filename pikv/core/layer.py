@@ -138,30 +138,37 @@ class LayerCache:
         return self.last - self.config.window - max(0, drafted)
 
     def pages(self) -> Pages:
-        """The sealed pages as kernels take them; made once after each change of the table."""
-        if self._pages is None:
-            width, device = self.table.width, self.pool.device
-            live = self.table.live[..., :width]
-            ids = self.table.ids[..., :width]
-            rows = self.pool.rows(ids.clamp(min=0)).masked_fill(ids == ABSENT, 0)  # page 0 itself may be free
-            ordered = rows.permute(2, 0, 1).flatten()
-            in_place = bool((live == all_live(self.page_size)).all()) and bool((ordered.diff() == 1).all())
-            self._pages = Pages(
-                slab=self.pool.slab(self.codec.form),
-                rows=rows.to(device),
-                live=live.to(device),
-                run=int(ordered[0]) if in_place and len(ordered) else None,
-            )
+        """The sealed pages as kernels take them, those that are far fetched; made once after a change of the table."""
+        if self._pages is None or self.pool.residency is not None:
+            width = self.table.width
+            self._pages = self._pages_at(self.table.ids[..., :width], self.table.live[..., :width])
         return self._pages
 
+    def _pages_at(self, ids: Tensor, live: Tensor) -> Pages:
+        """The pages with these ids int32 [sequences, kv_heads, n], of which live ones are made resident."""
+        present = ids != ABSENT
+        if self.pool.residency is not None:
+            present &= live != 0
+            self.pool.residency.fetch(self.codec.form, ids[present].unique(), self.layer_id)
+        rows = self.pool.rows(ids.clamp(min=0)).masked_fill(~present, 0)  # page 0 itself may be free
+        ordered = rows.permute(2, 0, 1).flatten()
+        in_place = bool((live == all_live(self.page_size)).all()) and bool((ordered.diff() == 1).all())
+        return Pages(
+            slab=self.pool.slab(self.codec.form),
+            rows=rows.to(self.pool.device),
+            live=live.to(self.pool.device),
+            run=int(ordered[0]) if in_place and len(ordered) else None,
+        )
+
     def some_pages(self, choice: Choice) -> Pages:
-        """The pages that each row reads."""
+        """The pages that each row reads; those that are far are fetched."""
+        if self.pool.residency is not None:
+            columns, width = choice.columns.cpu(), self.table.width
+            ids, live = (states[..., :width].gather(-1, columns) for states in (self.table.ids, self.table.live))
+            return attrs.evolve(self._pages_at(ids, choice.read(live)), run=None)
         everything, columns = self.pages(), choice.columns
         rows, live = everything.rows.gather(-1, columns), everything.live.gather(-1, columns)
-        if bool((choice.reads < columns.shape[-1]).any()):
-            unread = torch.arange(columns.shape[-1], device=live.device) >= choice.reads.to(live.device)[..., None]
-            live = live.masked_fill(unread, 0)
-        return Pages(slab=everything.slab, rows=rows, live=live, run=None)
+        return Pages(slab=everything.slab, rows=rows, live=choice.read(live), run=None)
 
     def indexed_pages(self) -> IndexedPages:
         """What the page selector keeps of the sealed pages, as kernels take it; made once after each change."""
@@ -197,8 +204,17 @@ class LayerCache:
 
     def slot_positions(self) -> Tensor:
         """The positions of the pages' slots, int32 [sequences, kv_heads, pages, page_size], on the CPU."""
-        pages = self.pages()
-        return self.codec.form.view(pages.slab, "positions")[pages.rows.long()].cpu()
+        form = self.codec.form
+        if self.pool.residency is None:
+            pages = self.pages()
+            return form.view(pages.slab, "positions")[pages.rows.long()].cpu()
+        positions: Tensor = form.view(self._stored(), "positions").unflatten(0, self.table.shape)
+        return positions.cpu()
+
+    def _stored(self) -> Tensor:
+        """The bytes of all pages, near and far, row after row: uint8 [n, stride]; of absent ones any page's."""
+        ids = self.table.ids[..., : self.table.width].flatten()
+        return self.pool.bytes_of(self.codec.form, torch.where(ids == ABSENT, ids.max(), ids))
 
     def occupied(self) -> Tensor:
         """The tokens that each row takes room for, int64 [sequences, kv_heads]: a page counts whole."""
@@ -239,11 +255,9 @@ class LayerCache:
         """Keys and values of the slots in this order, [sequences, kv_heads, tokens, dim]."""
         keys, values = (states[:, :, : self.tail.width] for states in (self.tail.keys, self.tail.values))
         if self.table.width:
-            pages = self.pages()
-            stored = pages.slab[pages.rows.flatten().long()]
-            sealed = self.codec.compressor.decode(self.codec.form, stored)
+            sealed = self.codec.compressor.decode(self.codec.form, self._stored())
             old_keys, old_values = (
-                states.to(keys.dtype).unflatten(0, pages.rows.shape).flatten(2, 3) for states in sealed
+                states.to(keys.dtype).unflatten(0, self.table.shape).flatten(2, 3) for states in sealed
             )
             keys, values = torch.cat([old_keys, keys], dim=2), torch.cat([old_values, values], dim=2)
         places = order[..., None]
@@ -254,10 +268,7 @@ class LayerCache:
 
     def context(self) -> ContextKV:
         """All tokens, decoded, each row's from index 0 on."""
-        view, _ = self.view()
-        mask = view.positions != EMPTY
-        keys, values = (states.masked_fill(~mask[..., None], 0) for states in (view.keys, view.values))
-        return ContextKV(keys=keys, values=values, positions=view.positions, mask=mask)
+        return ContextKV.of(self.view()[0])
 
     def select(self, index: Tensor) -> LayerCache:
         """A layer of the sequences at index int64 [n]; it holds their pages too."""

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from pikv.core.errors import ConfigError, PoolFullError, StateError
 from pikv.core.forms import PageForm
+from pikv.core.residency import Residency
 from pikv.core.slab import FreeRuns, physical_memory_bytes, reserve
+from pikv.core.tier_stack import TierStack
 
 if TYPE_CHECKING:
     from pikv.core.config import ModelConfig, RuntimeConfig
@@ -33,6 +35,11 @@ class _FormSlab:
         self.memory = reserve(rows, form.stride, device)
         self.free = FreeRuns.of(rows)
 
+    @property
+    def used_bytes(self) -> int:
+        """The bytes of the rows that are taken."""
+        return (len(self.memory.tensor) - self.free.total) * self.stride
+
     def release(self, start: int, stop: int) -> None:
         """Free a run of rows and give its memory back, memory pages shared with free neighbours included."""
         whole = self.free.give(start, stop)
@@ -45,7 +52,8 @@ class PagePool:
     """Pages of all caches that share it. A page is named by its id (int32); `rows` says where its bytes are.
 
     capacity_bytes: of the pages of all forms together; by default the machine's main memory, of which nothing is
-    taken before a page is written. A pool on another device takes its capacity at once and must be told it.
+    taken before a page is written. A pool on another device takes its capacity at once and must be told it. With tiers
+    in the runtime, capacity_bytes is what lies near, and `residency` sends cold pages far and fetches them again.
     """
 
     def __init__(self, model: ModelConfig, runtime: RuntimeConfig, capacity_bytes: int | None = None) -> None:
@@ -60,6 +68,7 @@ class PagePool:
             raise ConfigError(f"capacity_bytes must hold at least one page of {needed} bytes, got {capacity_bytes}")
         self.capacity_bytes = capacity_bytes
         self._slabs = {form: _FormSlab(form, capacity_bytes, self.device) for form in forms}
+        self.residency = self._make_residency(model, runtime)
         self._indexes = self._make_indexes(model, runtime)
         self._row_of = torch.empty(0, dtype=torch.int32)
         self._references = torch.empty(0, dtype=torch.int32)
@@ -70,11 +79,27 @@ class PagePool:
         self._lock = threading.RLock()
         self._abandoned: deque[tuple[PageForm, Tensor]] = deque()
 
+    def _make_residency(self, model: ModelConfig, runtime: RuntimeConfig) -> Residency | None:
+        if not runtime.tiers:
+            return None
+        stack = TierStack(runtime.tiers)
+        if stack.capacity_bytes < self.capacity_bytes:
+            raise ConfigError(
+                f"tiers must have room for all that lies near, capacity_bytes={self.capacity_bytes}, got "
+                f"{stack.capacity_bytes} bytes; give the pool less or a tier more"
+            )
+        return Residency(self, stack, runtime.demotion, len(model.layers))
+
+    @property
+    def total_bytes(self) -> int:
+        """What the pages of all forms may take together, near and far."""
+        return self.capacity_bytes if self.residency is None else self.residency.stack.capacity_bytes
+
     def _make_indexes(self, model: ModelConfig, runtime: RuntimeConfig) -> dict[PageForm, Tensor]:
         """For each form the index of its pages, [page ids, *shape]; memory is taken as pages are indexed."""
         if runtime.page_selector is None:
             return {}
-        most_pages = self.capacity_bytes // min(form.stride for form in self._slabs)
+        most_pages = self.total_bytes // min(form.stride for form in self._slabs)
         indexes = {}
         for layer in model.layers:
             form, wanted = runtime.form(layer, model.dtype), runtime.page_selector.index_form(layer, runtime.page_size)
@@ -115,7 +140,13 @@ class PagePool:
         """How many more pages of this form fit."""
         with self._lock:
             slab = self._form_slab(form)
-            return min(slab.free.total, (self.capacity_bytes - self.used_bytes) // slab.stride)
+            room = (self.total_bytes - self.used_bytes) // slab.stride
+            return min(slab.free.total, room) if self.residency is None else room
+
+    @property
+    def near_free_bytes(self) -> int:
+        """How much more fits near."""
+        return self.capacity_bytes - sum(slab.used_bytes for slab in self._slabs.values())
 
     def allocate(self, form: PageForm, count: int) -> Tensor:
         """Take `count` pages, side by side if there is such a run: int32 ids, each held once.
@@ -130,13 +161,51 @@ class PagePool:
                     f"capacity_bytes={self.capacity_bytes}; raise it, give the layers a budget_tokens, drop "
                     "sequences, or compose when_full=EvictOldest()"
                 )
-            slab = self._form_slab(form)
-            rows = [torch.arange(run.start, run.stop, dtype=torch.int32) for run in slab.free.take(count)]
-            ids = self._new_ids(count)
-            self._row_of[ids] = torch.cat(rows) if rows else torch.empty(0, dtype=torch.int32)
+            self.make_near(form, count)
+            rows, ids = self.take_rows(form, count), self._new_ids(count)
+            self._row_of[ids] = rows
             self._references[ids] = 1
-            self._used_bytes += count * slab.stride
+            self._used_bytes += count * form.stride
+            if self.residency is not None:
+                self.residency.allocated(form, ids)
             return ids
+
+    def make_near(self, form: PageForm, count: int) -> None:
+        """See that `count` pages of a form fit near, by sending others far; nothing without tiers.
+
+        Raises PoolFullError, TierError.
+        """
+        if self.residency is not None:
+            self.residency.make_room(form, count, keep=torch.empty(0, dtype=torch.int32), layer_id=0)
+
+    def take_rows(self, form: PageForm, count: int) -> Tensor:
+        """Take free rows of a form's slab, of which there are enough: int32 [count]."""
+        runs = self._form_slab(form).free.take(count)
+        rows = [torch.arange(run.start, run.stop, dtype=torch.int32) for run in runs]
+        return torch.cat([torch.empty(0, dtype=torch.int32), *rows])
+
+    def give_rows(self, form: PageForm, rows: Tensor) -> None:
+        """Free rows int32 [n] of a form's slab."""
+        slab, rows = self._form_slab(form), rows.sort().values
+        breaks = torch.nonzero(rows.diff() != 1).flatten() + 1
+        for run in torch.tensor_split(rows, breaks.tolist()):
+            if len(run):
+                slab.release(int(run[0]), int(run[-1]) + 1)
+
+    def place(self, ids: Tensor, rows: Tensor) -> None:
+        """Say in which rows pages int32 [n] lie now; -1 for far ones."""
+        self._row_of[ids] = rows
+
+    def resident(self) -> Tensor:
+        """The ids of all pages that lie near: int32 [n]."""
+        return torch.nonzero(self._row_of >= 0).flatten().int()
+
+    def bytes_of(self, form: PageForm, ids: Tensor) -> Tensor:
+        """The bytes of pages int32 [n], near and far: uint8 [n, stride] on the pool's device."""
+        with self._lock:
+            if self.residency is not None:
+                return self.residency.bytes_of(form, ids).to(self.device)
+            return self.slab(form)[self._row_of[ids].to(self.device).long()]
 
     def freed_by(self, ids: Tensor) -> int:
         """How many pages would be free if each of these ids were released once."""
@@ -178,15 +247,14 @@ class PagePool:
             freed = ids[self._references[ids] == 0].unique()
             if not len(freed):
                 return
-            slab = self._form_slab(form)
-            rows = self._row_of[freed].sort().values
-            breaks = torch.nonzero(rows.diff() != 1).flatten() + 1
-            for run in torch.tensor_split(rows, breaks.tolist()):
-                slab.release(int(run[0]), int(run[-1]) + 1)
+            if self.residency is not None:
+                self.residency.freed(freed)
+            rows = self._row_of[freed]
+            self.give_rows(form, rows[rows >= 0])
             self._row_of[freed] = _FREE
             self._names[freed] = _NAMELESS
             self._free_ids.extend(reversed(freed.tolist()))
-            self._used_bytes -= len(freed) * slab.stride
+            self._used_bytes -= len(freed) * form.stride
 
     def release_later(self, form: PageForm, ids: Tensor) -> None:
         """Release pages before room is next needed. Takes no lock: safe wherever a garbage collector may run."""
@@ -214,8 +282,11 @@ class PagePool:
         self._release_abandoned()
         with self._lock:
             held = self._references > 0
-            used = sum((len(slab.memory.tensor) - slab.free.total) * slab.stride for slab in self._slabs.values())
-            if used != self._used_bytes or not torch.equal(held, self._row_of != _FREE):
+            used = sum(slab.used_bytes for slab in self._slabs.values())
+            there = self._row_of != _FREE
+            if self.residency is not None:
+                used, there = self.residency.whole(used, there)
+            if used != self._used_bytes or not torch.equal(held, there):
                 raise StateError(
                     f"pool: {self._used_bytes} bytes are held, the slabs have {used} in use, "
                     f"{int(held.sum())} pages are held; this is a defect of PiKV, please report it"
@@ -237,6 +308,8 @@ class PagePool:
             self._row_of = torch.cat([self._row_of, grown])
             self._references = torch.cat([self._references, torch.zeros_like(grown)])
             self._names = torch.cat([self._names, torch.full_like(grown, _NAMELESS, dtype=torch.int64)])
+            if self.residency is not None:
+                self.residency.grow(new)
             self._free_ids[:0] = range(new - 1, old - 1, -1)
         ids = self._free_ids[len(self._free_ids) - count :]
         del self._free_ids[len(self._free_ids) - count :]

@@ -14,27 +14,52 @@ from pikv.core.layer import LayerCache
 from pikv.core.page_reads import ReadCounter, left_out
 from pikv.core.ports.backend import Choice, ChooseKernel, Pages, StepKernel
 from pikv.core.ports.selector import MassSelector, PageSelector
+from pikv.core.prefetch import Prefetcher
 from pikv.core.serving import Served
 from pikv.core.tail import EMPTY
 
 SCORES_AT_ONCE = 1 << 21  # entries of the mask that a prompt's attention holds at a time, where it needs one
 
 
-def attend(layer: LayerCache, served: Served, query: Tensor, positions: Tensor, reads: ReadCounter) -> Partial:
+def attend(
+    layer: LayerCache,
+    served: Served,
+    query: Tensor,
+    positions: Tensor,
+    reads: ReadCounter,
+    prefetcher: Prefetcher | None = None,
+) -> Partial:
     """Attention over the stored tokens of a layer.
 
     query [sequences, kv_heads, group, tokens, key_dim] at positions int64 [sequences, tokens], the last update's.
     reads: has the selector of the sealed pages that a query of one token reads, if any, and counts them; a prompt reads
     all. The Partial has the shape [sequences, kv_heads, group, tokens, ...]. Sealed pages are older than every
     query, so causality concerns the tail only.
+
+    prefetcher: is told what the layer reads, before attention runs. Pages that are read stay near meanwhile.
     """
+    residency = layer.pool.residency
+    if residency is None:
+        return _attend(layer, served, query, positions, reads, None)
+    with layer.pool.locked(), residency.reading():
+        return _attend(layer, served, query, positions, reads, prefetcher)
+
+
+def _attend(
+    layer: LayerCache,
+    served: Served,
+    query: Tensor,
+    positions: Tensor,
+    reads: ReadCounter,
+    prefetcher: Prefetcher | None,
+) -> Partial:
     if isinstance(served.attend, StepKernel) and query.shape[3] == 1:
-        pages = _pages_to_read(layer, served, query, positions, reads) if layer.table.width else None
+        pages = _pages_to_read(layer, served, query, positions, reads, prefetcher) if layer.table.width else None
         step = served.attend.step(query[:, :, :, 0], pages, layer.tail, oldest=_window(layer, positions))
         return Partial(step.output.unsqueeze(3), step.log_sum_exp.unsqueeze(3))
     parts = [_attend_tail(layer, query, positions)]
     if layer.table.width:
-        pages = _pages_to_read(layer, served, query, positions, reads)
+        pages = _pages_to_read(layer, served, query, positions, reads, prefetcher)
         folded = served.attend(query.flatten(2, 3), pages, oldest=_oldest(layer, positions))
         parts.append(_unfold(folded, query))
     return attention.merge(parts)
@@ -54,7 +79,14 @@ def _sink_logits(sinks: tuple[float, ...], device: torch.device) -> Tensor:
     return torch.tensor(sinks, device=device)
 
 
-def _pages_to_read(layer: LayerCache, served: Served, query: Tensor, positions: Tensor, reads: ReadCounter) -> Pages:
+def _pages_to_read(
+    layer: LayerCache,
+    served: Served,
+    query: Tensor,
+    positions: Tensor,
+    reads: ReadCounter,
+    prefetcher: Prefetcher | None,
+) -> Pages:
     selector = reads.selector
     if selector is None or served.choose is None or query.shape[3] != 1:
         return layer.pages()
@@ -69,7 +101,10 @@ def _pages_to_read(layer: LayerCache, served: Served, query: Tensor, positions: 
     counter.read_some(choice, stored)
     if reads.audits:
         counter.audit(_left_out(layer, served, query, positions, choice))
-    return layer.some_pages(choice)
+    pages = layer.some_pages(choice)
+    if prefetcher is not None:
+        prefetcher.chosen(layer, choice)
+    return pages
 
 
 def _choose(

@@ -18,9 +18,10 @@ def record_bytes(pool: PagePool, form: PageForm) -> int:
 def of_pages(pool: PagePool, form: PageForm, ids: Tensor) -> Tensor:
     """The records of pages: uint8 [n, record_bytes] on the CPU; the slab itself where it holds just them in a run."""
     rows, slab, index_bytes = pool.rows(ids).long(), pool.slab(form), pool.index_bytes_a_page(form)
-    if not index_bytes and slab.device.type == "cpu" and len(rows) and bool((rows.diff() == 1).all()):
+    in_place = pool.residency is None and slab.device.type == "cpu"
+    if not index_bytes and in_place and len(rows) and bool((rows.diff() == 1).all()):
         return slab[int(rows[0]) : int(rows[-1]) + 1]
-    pages = slab[rows.to(slab.device)].cpu()
+    pages = pool.bytes_of(form, ids).cpu()
     if not index_bytes:
         return pages
     records = pages.new_zeros(len(ids), record_bytes(pool, form))

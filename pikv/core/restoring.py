@@ -92,9 +92,13 @@ def _layer(source: Source, layer_id: int, facts: Mapping[str, Any], pool: PagePo
     )
     names = layer.table.ids  # as the store has them; they become ids of this pool
     held = names[names != ABSENT].unique()
-    ids = pool.allocate(codec.form, len(held))
+    ids = torch.empty(0, dtype=torch.int32)
     try:
-        _read_pages(source, pool, codec, ids, held, facts["record_bytes"])
+        for some in held.split(max(1, AT_ONCE // facts["record_bytes"])):
+            ids = torch.cat([ids, pool.allocate(codec.form, len(some))])
+            _read_pages(source, pool, codec, ids[len(ids) - len(some) :], some, facts["record_bytes"])
+        if pool.residency is not None:
+            pool.residency.belong(ids, layer_id)
         pool.name(ids, held)
         numbers = torch.searchsorted(held, names.clamp(min=0)).clamp(max=max(0, len(held) - 1))
         layer.table.ids = (ids[numbers] if len(held) else names.int()).masked_fill(names == ABSENT, ABSENT)
@@ -107,10 +111,10 @@ def _layer(source: Source, layer_id: int, facts: Mapping[str, Any], pool: PagePo
 def _read_pages(
     source: Source, pool: PagePool, codec: PageCodec, ids: Tensor, names: Tensor, record_bytes: int
 ) -> None:
-    for some in torch.arange(len(ids)).split(max(1, AT_ONCE // record_bytes)):
-        out = records.target(pool, codec.form, ids[some], record_bytes)
-        source.read(names[some], out)
-        records.put(pool, codec, ids[some], out, source.reindex)
+    with pool.locked():  # so that they stay near
+        out = records.target(pool, codec.form, ids, record_bytes)
+        source.read(names, out)
+        records.put(pool, codec, ids, out, source.reindex)
 
 
 def _told(error: DamagedError, streamer: Streamer, version: Version | None) -> DamagedError:

@@ -41,6 +41,8 @@ def store(layer: LayerCache, sealed: Sealed) -> None:
     """Move pages from the front of the tail, which holds what is kept, to the pool, which has room for them."""
     form, pool, tail = layer.codec.form, layer.pool, layer.tail
     ids = pool.allocate(form, len(sealed.pages))
+    if pool.residency is not None:
+        pool.residency.belong(ids, layer.layer_id)
     slab = pool.slab(form)
     slab[pool.rows(ids).to(slab.device).long()] = sealed.pages
     if sealed.index is not None:

@@ -94,13 +94,14 @@ def make_room(decisions: list[Decision], when_full: FullPool) -> None:
         layer, pool = decision.layer, decision.layer.pool
         newest, stride = layer.table.newest[..., : layer.table.width], layer.codec.form.stride
         # Again if pages left that another cache holds too, which frees nothing.
-        while (short := pool.used_bytes + taken + decision.missing_bytes - pool.capacity_bytes) > 0:
+        while (short := pool.used_bytes + taken + decision.missing_bytes - pool.total_bytes) > 0:
             leaving = when_full.leaving(newest.masked_fill(~decision.pages, ABSENT), -(-short // stride))
             if leaving is None:
+                limit = "capacity_bytes" if pool.residency is None else "the capacity_bytes of all tiers"
                 evict = " or compose when_full=EvictOldest()" if isinstance(when_full, Refuse) else ""
                 raise PoolFullError(
                     f"pool: layer {layer.layer_id} must seal {int(decision.seals.sum())} pages of {stride} bytes and "
-                    f"{short} bytes are missing in capacity_bytes={pool.capacity_bytes} ({type(when_full).__name__}); "
+                    f"{short} bytes are missing in {limit}={pool.total_bytes} ({type(when_full).__name__}); "
                     f"raise it, give the layers a budget_tokens, drop sequences{evict}"
                 )
             decision.pages = decision.pages & ~leaving
@@ -113,6 +114,8 @@ def carry_out(decision: Decision, seal: SealKernel) -> None:
     seals = bool(decision.seals.any())
     sealed = sealing.encode(layer, decision.tail, decision.seals, seal) if seals else None
     layer.split = decision.split
+    if sealed is not None:
+        layer.pool.make_near(layer.codec.form, len(sealed.pages))
     layer.keep_pages(decision.pages)
     if not bool(decision.tail.all()):
         layer.tail.keep(decision.tail.to(layer.tail.keys.device))

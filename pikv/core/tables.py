@@ -62,6 +62,12 @@ class PageTable:
         """The bytes of the table's storages."""
         return sum(tensor.untyped_storage().nbytes() for tensor in (self.ids, self.live, self.newest, self.counts))
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Sequences, KV heads, width."""
+        sequences, kv_heads = self.counts.shape
+        return sequences, kv_heads, self.width
+
     def held(self) -> Tensor:
         """The ids of all pages, one entry for each time that the table has a page: int32 [n]."""
         return self.ids[self.ids != ABSENT]

@@ -128,6 +128,13 @@ class ContextKV:
     positions: Tensor
     mask: Tensor
 
+    @classmethod
+    def of(cls, view: TokenView) -> ContextKV:
+        """What a view shows, with zeros where there is no token."""
+        mask = view.positions >= 0
+        keys, values = (states.masked_fill(~mask[..., None], 0) for states in (view.keys, view.values))
+        return cls(keys=keys, values=values, positions=view.positions, mask=mask)
+
 
 @attrs.frozen(kw_only=True)
 class AllocationRequest:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import queue
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from typing import Any, final
@@ -24,7 +25,7 @@ class _State(enum.Enum):
 
 @final
 class Job(Ticket):
-    """A call that the worker makes."""
+    """A call that the worker makes. took_s: how long it took, once it is done."""
 
     def __init__(self, work: Callable[[], Any]) -> None:
         self._work: Callable[[], Any] | None = work
@@ -33,6 +34,7 @@ class Job(Ticket):
         self._over = threading.Event()
         self._result: Any = None
         self._error: BaseException | None = None
+        self.took_s = 0.0
 
     def done(self) -> bool:
         """Whether the call has returned, raised or was cancelled."""
@@ -67,10 +69,12 @@ class Job(Ticket):
             if self._state is not _State.WAITING or self._work is None:
                 return
             self._state = _State.RUNNING
+        started = time.perf_counter()
         try:
             self._result = self._work()
         except BaseException as error:
             self._error = error
+        self.took_s = time.perf_counter() - started
         self._state = _State.FINISHED
         self._end()
 

@@ -1,9 +1,11 @@
 """Pure decisions, one method a file: allocators, selectors, routers, shardings, full pools. No I/O."""
 
-from pikv.core.exact import KeepAll, Refuse
+from pikv.core.exact import KeepAll, LeastRecentlyRead, Refuse
 from pikv.policies.adakv import AdaKV
+from pikv.policies.demotion import FurthestLayer, LeastOftenRead
 from pikv.policies.duo_attention import DuoAttention
 from pikv.policies.evict_oldest import EvictOldest
+from pikv.policies.foresight import AsLastStep, AsThisLayer
 from pikv.policies.importance import Importance
 from pikv.policies.key_codes import KeyCodes
 from pikv.policies.key_norm import KeyNorm
@@ -21,8 +23,11 @@ from pikv.policies.uniform import Uniform
 
 __all__ = [
     "AdaKV",
+    "AsLastStep",
+    "AsThisLayer",
     "DuoAttention",
     "EvictOldest",
+    "FurthestLayer",
     "Importance",
     "KeepAll",
     "KeyCodes",
@@ -30,6 +35,8 @@ __all__ = [
     "KeyNorm",
     "LagKV",
     "LatencyAware",
+    "LeastOftenRead",
+    "LeastRecentlyRead",
     "Pyramid",
     "Quest",
     "Recent",

@@ -14,6 +14,7 @@ from pikv.core.ports.backend import (
     StepKernel,
 )
 from pikv.core.ports.compressor import Compressor, FormCompressor
+from pikv.core.ports.demotion import Demotion, PagePredictor, PageUse
 from pikv.core.ports.full_pool import FullPool
 from pikv.core.ports.memory_tier import AddressableTier, Done, MemoryTier, Ticket
 from pikv.core.ports.router import Observation, Router, RouterState, Routing
@@ -39,6 +40,7 @@ __all__ = [
     "Choice",
     "ChooseKernel",
     "Compressor",
+    "Demotion",
     "Done",
     "FormCompressor",
     "FullPool",
@@ -53,7 +55,9 @@ __all__ = [
     "Observation",
     "PageCodec",
     "PageIndex",
+    "PagePredictor",
     "PageSelector",
+    "PageUse",
     "Pages",
     "QueryTokenSelector",
     "Router",

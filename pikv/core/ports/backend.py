@@ -101,6 +101,17 @@ class Choice:
     reads: Tensor
     left_out: Tensor | None = None
 
+    def unread(self) -> Tensor:
+        """Where a row has a column that it does not read: bool [sequences, kv_heads, n], on the columns' device."""
+        number = torch.arange(self.columns.shape[-1], device=self.columns.device)
+        return number >= self.reads.to(self.columns.device)[..., None]
+
+    def read(self, live: Tensor) -> Tensor:
+        """The live slots int64 [sequences, kv_heads, n] of the columns, none of those that a row does not read."""
+        if not bool((self.reads < live.shape[-1]).any()):
+            return live
+        return live.masked_fill(self.unread().to(live.device), 0)
+
 
 class ChooseKernel(abc.ABC):
     """The choice of a page selector, which the kernel was made for."""
