@@ -36,8 +36,8 @@ class TierUse:
 
     def __str__(self) -> str:
         return (
-            f"{self.name}: {self.pages_written} pages written, {self.pages_read} read ({self.bytes_read / 2**20:.1f} MiB) "
-            f"in {self.busy_s:.3f} s, of which {self.waited_s:.3f} s were waited for; {self.failures} failures"
+            f"{self.name}: {self.pages_written} pages written, {self.pages_read} read, {self.bytes_read / 2**20:.1f} "
+            f"MiB, in {self.busy_s:.3f} s, of which {self.waited_s:.3f} s were waited for; {self.failures} failures"
         )
 
 

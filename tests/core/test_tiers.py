@@ -247,7 +247,7 @@ def test_the_coldest_page_is_known(demotion, order):
 @pytest.mark.parametrize("predictor", [None, AsThisLayer()], ids=["no predictor", "predictor"])
 @pytest.mark.parametrize("fault", ["lies", "truncates", "fails to read"])
 def test_a_page_that_comes_back_wrong_is_an_error(fault, predictor):
-    """Never another answer; with the fault gone, the same call succeeds. What was foreseen in vain is asked for again."""
+    """Never another answer; with the fault gone, the same call succeeds."""
     faulty = FaultyTier(host())
     runtime = runtime_of(faulty, predictor=predictor)
     cache, plain, generator = near(runtime, 26), all_near(runtime), torch.Generator().manual_seed(0)
@@ -271,6 +271,30 @@ def test_a_page_that_comes_back_wrong_is_an_error(fault, predictor):
         assert torch.equal(got, plain.attend(layer_id, q))
     assert failed > 0
     assert cache.pool.residency.stack.use[0].failures >= failed
+    cache.pool.check_integrity()
+
+
+@pytest.mark.parametrize("fault", ["lies", "fails to read"])
+def test_what_was_foreseen_in_vain_is_asked_for_again(fault):
+    """An error of what was fetched ahead is not one of the answer: the page is fetched when it is needed."""
+    faulty = FaultyTier(host())
+    runtime = runtime_of(faulty, pages=4, predictor=AsThisLayer())
+    cache, plain, generator = near(runtime, 20), all_near(runtime), torch.Generator().manual_seed(0)
+    residency = cache.pool.residency
+    foresee = residency.foresee
+
+    def failing_ahead(*arguments):
+        faulty.fault = fault
+        foresee(*arguments)
+        for coming in residency._coming:
+            for arrival in coming.arrivals:
+                arrival.settle()
+        faulty.fault = None
+
+    residency.foresee = failing_ahead
+    for position in range(200):
+        check_same(*step([cache, plain], generator, position, 1))
+    assert residency.stack.use[0].failures > 0
     cache.pool.check_integrity()
 
 
