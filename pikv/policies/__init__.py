@@ -2,16 +2,21 @@
 
 from pikv.core.exact import KeepAll, LeastRecentlyRead, Refuse
 from pikv.policies.adakv import AdaKV
+from pikv.policies.cache_aware import CacheAware
+from pikv.policies.capacity import Capacity
 from pikv.policies.demotion import FurthestLayer, LeastOftenRead
 from pikv.policies.duo_attention import DuoAttention
+from pikv.policies.eplb import Eplb
 from pikv.policies.evict_oldest import EvictOldest
 from pikv.policies.foresight import AsLastStep, AsThisLayer
+from pikv.policies.group_limited import GroupLimited
 from pikv.policies.importance import Importance
 from pikv.policies.key_codes import KeyCodes
 from pikv.policies.key_norm import KeyNorm
 from pikv.policies.keydiff import KeyDiff
 from pikv.policies.lagkv import LagKV
 from pikv.policies.latency_aware import LatencyAware
+from pikv.policies.load_balance import LoadBalance
 from pikv.policies.pyramid import Pyramid
 from pikv.policies.quest import Quest
 from pikv.policies.recent import Recent
@@ -25,9 +30,13 @@ __all__ = [
     "AdaKV",
     "AsLastStep",
     "AsThisLayer",
+    "CacheAware",
+    "Capacity",
     "DuoAttention",
+    "Eplb",
     "EvictOldest",
     "FurthestLayer",
+    "GroupLimited",
     "Importance",
     "KeepAll",
     "KeyCodes",
@@ -37,6 +46,7 @@ __all__ = [
     "LatencyAware",
     "LeastOftenRead",
     "LeastRecentlyRead",
+    "LoadBalance",
     "Pyramid",
     "Quest",
     "Recent",

@@ -137,15 +137,21 @@ def routing_cases(draw: st.DrawFn) -> RoutingCase:
         places=draw(whole_numbers((experts,), 0, 3)),
         probabilities=parts / parts.sum(-1, keepdim=True),
         k=draw(st.integers(1, experts)),
-        observed=draw(st.lists(observations(), max_size=3)),
+        observed=draw(st.lists(observations(experts), max_size=3)),
     )
 
 
 @st.composite
-def observations(draw: st.DrawFn) -> Observation:
-    """Some of 4 places computed something."""
+def observations(draw: st.DrawFn, experts: int = 0) -> Observation:
+    """Some of 4 places computed something, and somebody counted for these experts, or nobody did."""
     milliseconds = draw(whole_numbers((4,), 0, 5000))
-    return Observation(tokens=draw(whole_numbers((4,), 0, 3)), seconds=milliseconds.double() / 1e3)
+    counted = experts * draw(st.integers(0, 1))
+    return Observation(
+        tokens=draw(whole_numbers((4,), 0, 3)),
+        seconds=milliseconds.double() / 1e3,
+        load=draw(whole_numbers((counted,), 0, 3)),
+        misses=draw(whole_numbers((counted,), 0, 3)),
+    )
 
 
 @st.composite

@@ -17,6 +17,7 @@ from pikv.core.ports.compressor import Compressor, FormCompressor
 from pikv.core.ports.demotion import Demotion, PagePredictor, PageUse
 from pikv.core.ports.full_pool import FullPool
 from pikv.core.ports.memory_tier import AddressableTier, Done, MemoryTier, Ticket
+from pikv.core.ports.placement import Placement
 from pikv.core.ports.router import Observation, Router, RouterState, Routing
 from pikv.core.ports.selector import (
     IndexForm,
@@ -59,6 +60,7 @@ __all__ = [
     "PageSelector",
     "PageUse",
     "Pages",
+    "Placement",
     "QueryTokenSelector",
     "Router",
     "RouterState",

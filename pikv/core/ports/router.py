@@ -59,11 +59,14 @@ class Observation:
     """What one step of one layer cost. Every place must observe the same, or their routing goes apart.
 
     tokens: int64 [places], how many each place computed. seconds: float64 [places], how long that took; of no account
-    where there were no tokens.
+    where there were no tokens. load: int64 [experts], how many tokens each expert got. misses: int64 [experts], how
+    many pages of an expert's shard the next query would have to fetch. Both are [0] where nobody counts.
     """
 
     tokens: Tensor = attrs.field()
     seconds: Tensor = attrs.field()
+    load: Tensor = attrs.field(factory=lambda: torch.zeros(0, dtype=torch.int64))
+    misses: Tensor = attrs.field(factory=lambda: torch.zeros(0, dtype=torch.int64))
 
     def __attrs_post_init__(self) -> None:
         if self.tokens.dim() != 1 or self.tokens.shape != self.seconds.shape:
@@ -71,6 +74,10 @@ class Observation:
                 f"tokens and seconds must both be [places], got {list(self.tokens.shape)} and "
                 f"{list(self.seconds.shape)}"
             )
+        for name in ("load", "misses"):
+            counts = getattr(self, name)
+            if counts.dtype != torch.int64 or counts.dim() != 1 or bool((counts < 0).any()):
+                raise InputError(f"{name} must be int64 [experts], none negative, got {counts.dtype} {counts.tolist()}")
         wrong = (self.tokens < 0) | ((self.tokens > 0) & ~(self.seconds >= 0))  # not "< 0", for NaN
         if bool(wrong.any()):
             place = int(wrong.nonzero()[0])
@@ -108,6 +115,12 @@ def check_places(experts: int, places: Tensor) -> Tensor:
     if places.shape != (experts,):
         raise InputError(f"places must be [experts] = [{experts}], got {list(places.shape)}")
     return places
+
+
+def check_counts(state: RouterState, name: str, counts: Tensor) -> None:
+    """Raise InputError unless counts of an Observation are one for each expert, or none at all."""
+    if len(counts) not in (0, state.experts):
+        raise InputError(f"{name} must be [experts] = [{state.experts}], or [0], got {list(counts.shape)}")
 
 
 def check_routing(state: RouterState, probabilities: Tensor, k: int) -> None:
