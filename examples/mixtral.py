@@ -135,13 +135,24 @@ class Mixtral:
     @torch.no_grad()
     def step(self, token_ids: Tensor, position: int, cache: Cache) -> Tensor:
         """Run token_ids int64 [batch, tokens] from `position` on; return the last one's logits [batch, vocabulary]."""
+        return self._logits(self._hidden(token_ids, position, cache)[:, -1])
+
+    @torch.no_grad()
+    def predict(self, token_ids: Tensor, position: int, cache: Cache) -> Tensor:
+        """The same, with the logits of every token: [batch, tokens, vocabulary]."""
+        return self._logits(self._hidden(token_ids, position, cache))
+
+    def _hidden(self, token_ids: Tensor, position: int, cache: Cache) -> Tensor:
         hidden = self._embedding[token_ids]  # [batch, tokens, hidden]
         positions = torch.arange(position, position + token_ids.shape[1])
         for layer in range(self.config.layers):
             hidden = hidden + self._attention(layer, self._norm(layer, "input_layernorm", hidden), positions, cache)
             hidden = hidden + self._experts(layer, self._norm(layer, "post_attention_layernorm", hidden))
-        last = F.rms_norm(hidden[:, -1], hidden.shape[-1:], self._weights["model.norm.weight"], self.config.norm_eps)
-        return F.linear(last, self._head)
+        return hidden
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        normed = F.rms_norm(hidden, hidden.shape[-1:], self._weights["model.norm.weight"], self.config.norm_eps)
+        return F.linear(normed, self._head)
 
     def _weight(self, layer: int, name: str) -> Tensor:
         return self._weights[f"model.layers.{layer}.{name}.weight"]

@@ -49,3 +49,30 @@ def lines(
     figure.legend(*drawn[0].get_legend_handles_labels(), loc="outside right upper", fontsize="small", frameon=False)
     output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(output, metadata={"Date": None} if output.suffix == ".svg" else None)
+
+
+def against_bytes(panels: Mapping[str, Sequence[tuple[float, float, str]]], label: str, output: Path) -> None:
+    """Draw points of (share of the bytes, value, name), a panel a key; the Pareto front is a line, and named."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 6), layout="constrained")
+    for axes, (title, points) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        front = pareto(points)
+        axes.scatter([point[0] for point in points], [point[1] for point in points], s=10, color="0.6")
+        axes.step([point[0] for point in front], [point[1] for point in front], where="post", marker="o", markersize=4)
+        for share, value, name in front:
+            axes.annotate(name, (share, value), rotation=-30, fontsize=6, xytext=(3, -4), textcoords="offset points")
+        axes.set_xscale("log")
+        axes.set(title=title, xlabel="stored bytes, a share of the float16 dense cache", ylabel=label)
+        axes.grid(alpha=0.3)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(output, metadata={"Date": None} if output.suffix == ".svg" else None)
+
+
+def pareto(points: Sequence[tuple[float, float, str]]) -> list[tuple[float, float, str]]:
+    """The points than which none is both smaller and better, by size."""
+    front: list[tuple[float, float, str]] = []
+    for point in sorted(points, key=lambda point: (point[0], -point[1])):
+        if not front or point[1] > front[-1][1]:
+            front.append(point)
+    return front
