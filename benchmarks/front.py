@@ -186,12 +186,12 @@ class Bench:
     def budget_for(self, names: dict[str, Any], share: float) -> int | None:
         """The most tokens, in whole pages, whose bytes are within the share; None if the least are not.
 
-        Bytes depend on the page format and on the queries that are kept; whoever has the pages, they sum to the same.
+        Bytes depend on the page format, on the queries that are kept and, by the tables, on who has the pages.
         """
         window = self.cache({**names, "budget_tokens": self.arguments.length}).runtime.query_window
-        key = (names["compressor"], window, share)
+        key = (names["compressor"], str(names["allocator"]), window, share)
         if key not in self.budgets:
-            self.budgets[key] = self._searched({**names, "allocator": "uniform"}, window, share)
+            self.budgets[key] = self._searched(names, window, share)
         return self.budgets[key]
 
     def _searched(self, names: dict[str, Any], window: int | None, share: float) -> int | None:
