@@ -21,6 +21,7 @@ from pikv.core.pool import PagePool
 from pikv.core.ports.router import Routing
 from pikv.core.ports.streamer import Version
 from pikv.core.prefetch import Prefetcher
+from pikv.core.rehearsal import Rehearsal
 from pikv.core.reports import Description, StoredBytes
 from pikv.core.serving import describe, serve
 from pikv.core.settler import Settler
@@ -58,6 +59,7 @@ class PiKVCache:
             budget=Budget.of(model, self.runtime),
         )
         self._layers: dict[int, LayerCache] = {}
+        self._rehearsal = Rehearsal(selector=self.runtime.remembers, layers=self._layers)
         self._reads = ReadCounter(self.runtime.page_selector)
         self._prefetcher = Prefetcher.of(self.runtime.predictor, self._layers)
         self._prefilling = True
@@ -84,7 +86,7 @@ class PiKVCache:
         held = self._layers.get(layer_id)
         layer = self._empty_layer(layer_id, k) if held is None else held
         checks.increasing(layer, positions)
-        if k.shape[2] == 1:
+        if k.shape[2] == 1 and not self._rehearsal.running:
             self.finish_prefill()
         if not layer.settled:
             self._settle(layer)
@@ -125,7 +127,7 @@ class PiKVCache:
         output = partial.output.flatten(1, 2).to(q.dtype)
         if layer.padded:
             output = output.masked_fill((layer.queried == PADDING)[:, None, :, None].to(output.device), 0)
-        layer.ask(q, self._query_window)
+        layer.ask(q, self._query_window, self._rehearsal.remembers(prefilling=self._prefilling))
         return output
 
     @keeps_numbers
@@ -166,6 +168,14 @@ class PiKVCache:
             except BaseException:
                 self._prefilling = True
                 raise
+
+    def rehearsal(self) -> AbstractContextManager[None]:
+        """For a second pass over a prompt: what is updated and attended within it is forgotten again when it ends.
+
+        The attention that it gives to the prompt is what a SecondPassSelector scores by, at `finish_prefill`, which
+        comes after. Raises StateError where the composition has no use for it, or the prompt is over.
+        """
+        return self._rehearsal.run(self.crop, prefilling=self._prefilling)
 
     def _settle(self, *unsettled: LayerCache) -> None:
         """Evict to budget, slide windows and seal in these layers: in all of them, or in none if the pool is full."""

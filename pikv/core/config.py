@@ -15,6 +15,7 @@ from pikv.core.exact import Exact, KeepAll, LeastRecentlyRead, Refuse
 from pikv.core.forms import PageForm
 from pikv.core.ports import (
     Allocator,
+    AttendedTokenSelector,
     Backend,
     Compressor,
     Demotion,
@@ -26,6 +27,7 @@ from pikv.core.ports import (
     QueryTokenSelector,
     Router,
     ScoreAllocator,
+    SecondPassSelector,
     Sharding,
     Streamer,
     TokenSelector,
@@ -252,6 +254,11 @@ class RuntimeConfig:
             )
         if self.allocator is None:
             raise ConfigError("budget_tokens needs an allocator; the nearest is Uniform(), the same for all layers")
+        if self.remembers not in (None, self.split_by) and isinstance(self.split_by, AttendedTokenSelector):
+            raise ConfigError(
+                f"{type(self.token_selector).__name__} and {type(self.split_by).__name__} both remember attention, in "
+                "different ways; split by the scores of one that does not, or leave scored_by out"
+            )
         selector = self.token_selector
         if self.tail_tokens < selector.recent:
             raise ConfigError(
@@ -281,8 +288,20 @@ class RuntimeConfig:
         parts = (self.token_selector, self.split_by)
         return max((part.window for part in parts if isinstance(part, QueryTokenSelector)), default=None)
 
+    @property
+    def remembers(self) -> AttendedTokenSelector | None:
+        """Who folds attention into what it remembers of tokens, if anybody does."""
+        parts = (self.token_selector, self.split_by)
+        return next((part for part in parts if isinstance(part, AttendedTokenSelector)), None)
+
     def check_serves(self, model: ModelConfig) -> None:
-        """Raise ConfigError if a part needs what the model does not say of itself."""
+        """Raise ConfigError if a part needs what the model does not say of itself, or cannot work with it."""
+        windows = [layer_id for layer_id, layer in enumerate(model.layers) if layer.window is not None]
+        if isinstance(self.remembers, SecondPassSelector) and windows:
+            raise ConfigError(
+                f"layer {windows[0]} has a sliding window, so {type(self.remembers).__name__} cannot go over the text "
+                "again: its beginning has left; compose another token selector"
+            )
         parts = [part for part in (self.token_selector, self.split_by) if isinstance(part, NeedsRotary)]
         for (layer_id, layer), part in itertools.product(enumerate(model.layers), parts):
             if layer.rotary is None:

@@ -10,9 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pikv.core.attended import Attended
 from pikv.core.config import LayerConfig
 from pikv.core.pool import PagePool
 from pikv.core.ports.backend import Choice, IndexedPages, PageCodec, Pages
+from pikv.core.ports.selector import AttendedTokenSelector
 from pikv.core.query_window import QueryWindow
 from pikv.core.tables import ABSENT, PageTable, all_live, live_slots, pack_slots
 from pikv.core.tail import EMPTY, Tail
@@ -32,7 +34,7 @@ class LayerCache:
     whether it had any. settled: whether that update has been evicted from, and sealed. asked: whether it has been
     attended from; answer: what attention gave, until the layer is settled. newest_queries: the queries that the token
     selector looks at, if it does. split: int64 [sequences, kv_heads], the tokens that each row was given by scores,
-    NEVER before that.
+    NEVER before that. attended: what the token selector remembers of the attention that tokens have got, if it does.
     """
 
     layer_id: int
@@ -47,6 +49,7 @@ class LayerCache:
     queried: Tensor
     split: Tensor
     newest_queries: QueryWindow | None = None
+    attended: Attended | None = None
     padded: bool = False
     asked: bool = False
     answer: Tensor | None = None
@@ -113,14 +116,22 @@ class LayerCache:
         self.last = torch.maximum(self.last, newest)
         self.seen = self.seen + (stored >= 0).sum(-1)
 
-    def ask(self, queries: Tensor, window: int | None) -> None:
+    def ask(self, queries: Tensor, window: int | None, remembers: AttendedTokenSelector | None) -> None:
         """Note that the last update's queries [sequences, query_heads, tokens, key_dim] attend, once for each update.
 
-        window: how many of the newest queries the token selector looks at; None if it does not.
+        window: how many of the newest queries the token selector looks at; None if it does not. remembers: who folds
+        the attention that they give into what it remembers, if anybody does.
         """
-        if window is not None and not self.asked:
-            before = self.newest_queries or QueryWindow.empty(queries, window)
-            self.newest_queries = before.followed_by(queries, self.queried)
+        if self.asked:
+            return
+        if remembers is not None:
+            view = attrs.evolve(self.view()[0], queries=queries, asked=self.queried)
+            before = self.attended or Attended.none(view.positions)
+            view = attrs.evolve(view, attended=before.at(view.positions))
+            self.attended = Attended.of(view.positions, remembers.fold(view))
+        if window is not None:
+            newest = self.newest_queries or QueryWindow.empty(queries, window)
+            self.newest_queries = newest.followed_by(queries, self.queried)
         self.asked = True
 
     def asked_from(self) -> Tensor:
@@ -238,13 +249,15 @@ class LayerCache:
 
         Each row's tokens stand from index 0 on; past a row's last one positions are EMPTY.
         """
-        slots, window = self.slots(), self.newest_queries
+        slots, window, attended = self.slots(), self.newest_queries, self.attended
         held = slots != EMPTY
         order = held.logical_not().int().sort(dim=-1, stable=True).indices[..., : int(held.sum(-1).amax())]
+        positions = slots.gather(-1, order)
         view = TokenView(
             layer_id=self.layer_id,
             layer=self.config,
-            positions=slots.gather(-1, order),
+            positions=positions,
+            attended=None if attended is None else attended.at(positions),
             queries=None if window is None else window.queries,
             asked=None if window is None else window.positions,
             decode=functools.partial(self._decode, order),
@@ -275,6 +288,8 @@ class LayerCache:
         states: dict[str, Any] = {name: getattr(self, name)[index] for name in _BY_SEQUENCE}
         if self.newest_queries is not None:
             states["newest_queries"] = self.newest_queries.select(index)
+        if self.attended is not None:
+            states["attended"] = self.attended.select(index)
         tail, table = self.tail.select(index), self.table.select(index)
         self.pool.retain(table.held())  # last: what raises before it holds nothing
         return attrs.evolve(self, tail=tail, table=table, answer=None, pages=None, indexed_pages=None, **states)
@@ -290,10 +305,12 @@ class LayerCache:
         )
         tail, table = Tail.joined([layer.tail for layer in layers]), PageTable.joined([layer.table for layer in layers])
         newest_queries = QueryWindow.joined(windows) if windows else None
+        attended = Attended.completed([layer.attended for layer in layers], [layer.tail.positions for layer in layers])
         layers[0].pool.retain(table.held())  # last: what raises before it holds nothing
         return attrs.evolve(
             layers[0],
             newest_queries=newest_queries,
+            attended=Attended.joined(attended),
             tail=tail,
             table=table,
             queried=torch.empty(len(states["last"]), 0, dtype=torch.int64),

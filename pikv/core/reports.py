@@ -16,8 +16,8 @@ class StoredBytes:
     """The bytes that a cache holds, read from its storages.
 
     pages: the slab rows of its sealed pages, a page shared with another cache included. tail: keys, values and
-    positions that are not sealed, unused room and a token selector's window of queries included. indexes: of page
-    selectors. tables: page tables, and the pool's entries for the pages.
+    positions that are not sealed, unused room and what token selectors keep included (queries, attention). indexes: of
+    page selectors. tables: page tables, and the pool's entries for the pages.
     """
 
     pages: int
@@ -38,7 +38,8 @@ class StoredBytes:
             held, pool, form = layer.table.held().unique(), layer.pool, layer.codec.form
             pages += len(held) * pool.slab(form).stride(0)
             tables += layer.table.nbytes + len(held) * pool.bytes_a_page
-            tail += layer.tail.nbytes + (0 if layer.newest_queries is None else layer.newest_queries.nbytes)
+            kept = (layer.tail, layer.newest_queries, layer.attended)
+            tail += sum(part.nbytes for part in kept if part is not None)
             indexes += len(held) * pool.index_bytes_a_page(form)
         return cls(pages=pages, tail=tail, indexes=indexes, tables=tables)
 

@@ -12,6 +12,7 @@ from pikv.core.config import ModelConfig, RuntimeConfig
 from pikv.core.exact import Refuse
 from pikv.core.layer import LayerCache
 from pikv.core.pool import PagePool
+from pikv.core.ports.selector import SecondPassSelector
 from pikv.core.serving import Served
 from pikv.core.slab import trim
 
@@ -50,8 +51,9 @@ class Settler:
         return [decision for decision in decided if decision is not None]
 
     def _share(self, layer: LayerCache, prefilling: bool) -> Share | None:
-        """What the layer's rows may keep; None without a budget."""
-        if self.budget is None:
+        """What the layer's rows may keep; None if everything, for want of a budget or of a second pass."""
+        waits = prefilling and isinstance(self.runtime.remembers, SecondPassSelector)
+        if self.budget is None or waits:
             return None
         return self.budget.share(layer.layer_id, layer.needs(), anew=prefilling)
 

@@ -18,7 +18,7 @@ from pikv.core.exact import Refuse
 from pikv.core.layer import NEVER, LayerCache
 from pikv.core.ports.backend import SealKernel
 from pikv.core.ports.full_pool import FullPool
-from pikv.core.ports.selector import QueryTokenSelector, TokenSelector
+from pikv.core.ports.selector import AttendedTokenSelector, QueryTokenSelector, SecondPassSelector, TokenSelector
 from pikv.core.tables import ABSENT
 from pikv.core.tail import EMPTY
 from pikv.core.views import TokenView
@@ -175,11 +175,19 @@ def _evict(decision: Decision, selector: TokenSelector, share: Share, split_by: 
     decision.pages, decision.tail = (kept.cpu() for kept in choose(candidates, budget_tokens))
 
 
+_REHEARSE = "run the model on the text again within cache.rehearsal(), before finish_prefill or the first answer"
+
+
 def _scores(layer: LayerCache, view: TokenView, selector: TokenSelector) -> Tensor:
     """What the selector says of the tokens of a view, shown as many queries as it asks for."""
     if isinstance(selector, QueryTokenSelector):
         _check_asked(layer, selector)
         view = view.with_newest(selector.window)
+    if isinstance(selector, AttendedTokenSelector) and view.attended is None:
+        raise StateError(
+            f"layer {layer.layer_id}: {type(selector).__name__} scores tokens by the attention that it has seen, and "
+            "there was none; " + (_REHEARSE if isinstance(selector, SecondPassSelector) else "call attend")
+        )
     scores = selector.score(view)
     if scores.device.type == "cpu" and bool(scores.masked_fill(view.positions == EMPTY, 0.0).isnan().any()):
         raise StateError(
@@ -211,4 +219,6 @@ def crop(layer: LayerCache, end: Tensor) -> None:
     layer.forgotten = torch.minimum(layer.forgotten, end - 1)
     if layer.newest_queries is not None:
         layer.newest_queries = layer.newest_queries.cropped(end)
+    if layer.attended is not None:
+        layer.attended = layer.attended.cropped(end)
     layer.queried, layer.settled, layer.answer = layer.queried[:, :0], True, None

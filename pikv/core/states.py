@@ -9,6 +9,7 @@ import attrs
 import torch
 from torch import Tensor
 
+from pikv.core.attended import Attended
 from pikv.core.layer import LayerCache
 from pikv.core.query_window import QueryWindow
 from pikv.core.tables import PageTable
@@ -17,8 +18,18 @@ from pikv.core.tail import Tail
 GIVEN = frozenset({"layer_id", "codec", "pool", "_pages", "_indexed_pages"})
 """The fields of a LayerCache that are not taken apart: what it is given, and what follows from the rest."""
 
-_PARTS: dict[str, type[attrs.AttrsInstance]] = {part.__name__: part for part in (Tail, PageTable, QueryWindow)}
-_ON_DEVICE = ("tail.keys", "tail.own_values", "tail.positions", "newest_queries.queries", "answer")
+_PARTS: dict[str, type[attrs.AttrsInstance]] = {
+    part.__name__: part for part in (Tail, PageTable, QueryWindow, Attended)
+}
+_ON_DEVICE = (
+    "tail.keys",
+    "tail.own_values",
+    "tail.positions",
+    "newest_queries.queries",
+    "attended.positions",
+    "attended.weights",
+    "answer",
+)
 
 
 def taken_apart(owner: attrs.AttrsInstance, name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:

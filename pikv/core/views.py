@@ -27,6 +27,7 @@ class TokenView:
     is -1. There may be no tokens at all.
     queries: [sequences, query_heads, window, key_dim], the newest queries, and asked: int64 [sequences, window], their
     positions, -1 where a sequence has had fewer; None unless the selector asks for a window of queries.
+    attended: float32 [sequences, kv_heads, tokens], what an AttendedTokenSelector remembers of each token; else None.
     """
 
     layer_id: int
@@ -34,6 +35,7 @@ class TokenView:
     positions: Tensor
     queries: Tensor | None = None
     asked: Tensor | None = None
+    attended: Tensor | None = None
     _decode: Callable[[], tuple[Tensor, Tensor]]
 
     @property
@@ -71,6 +73,14 @@ class TokenView:
 
         [sequences, kv_heads, tokens]. The matrix is not held, but a block of it at a time.
         """
+        return self._folded(lambda block: block.sum((2, 3)))
+
+    def peak(self) -> Tensor:
+        """The most that any of the newest queries of its KV head attends to each stored token; otherwise as `mass`."""
+        return self._folded(lambda block: block.amax((2, 3)))
+
+    def _folded(self, fold: Callable[[Tensor], Tensor]) -> Tensor:
+        """Blocks of the matrix [sequences, kv_heads, group, window, tokens] folded over their queries."""
         queries, asked = self._asked()
         keys, positions = self.keys, self.positions
 
@@ -83,8 +93,8 @@ class TokenView:
         for block in blocks:
             total = total.logaddexp(scores(block).logsumexp(-1))
         total = attention.finite(total)[..., None]
-        masses = [torch.exp(scores(block) - total).sum((2, 3)) for block in blocks]
-        return torch.cat(masses, dim=-1) if masses else total.new_zeros(positions.shape)
+        folded = [fold(torch.exp(scores(block) - total)) for block in blocks]
+        return torch.cat(folded, dim=-1) if folded else total.new_zeros(positions.shape)
 
     def attention(self) -> Tensor:
         """How much each of the newest queries attends to each stored token, causal: the softmax over what is stored.

@@ -10,10 +10,12 @@ from pikv.policies.eplb import Eplb
 from pikv.policies.evict_oldest import EvictOldest
 from pikv.policies.foresight import AsLastStep, AsThisLayer
 from pikv.policies.group_limited import GroupLimited
+from pikv.policies.h2o import HeavyHitters
 from pikv.policies.importance import Importance
 from pikv.policies.key_codes import KeyCodes
 from pikv.policies.key_norm import KeyNorm
 from pikv.policies.keydiff import KeyDiff
+from pikv.policies.kvzip import KVzip
 from pikv.policies.lagkv import LagKV
 from pikv.policies.latency_aware import LatencyAware
 from pikv.policies.load_balance import LoadBalance
@@ -37,7 +39,9 @@ __all__ = [
     "EvictOldest",
     "FurthestLayer",
     "GroupLimited",
+    "HeavyHitters",
     "Importance",
+    "KVzip",
     "KeepAll",
     "KeyCodes",
     "KeyDiff",

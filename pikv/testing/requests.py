@@ -48,6 +48,9 @@ class StoredTokens:
     values: Tensor
     queries: Tensor
     asked: Tensor
+    attended: Tensor = attrs.field(
+        default=attrs.Factory(lambda self: torch.zeros(self.positions.shape), takes_self=True)
+    )
 
     @property
     def present(self) -> Tensor:
@@ -68,7 +71,7 @@ class StoredTokens:
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors, by name."""
-        names = ("positions", "keys", "values", "queries", "asked")
+        names = ("positions", "keys", "values", "queries", "asked", "attended")
         return {name: getattr(self, name) for name in names}
 
     def view(self) -> TokenView:
@@ -79,6 +82,7 @@ class StoredTokens:
             positions=self.positions,
             queries=self.queries,
             asked=self.asked,
+            attended=self.attended,
             decode=lambda: (self.keys, self.values),
         )
 
@@ -112,6 +116,7 @@ def stored_tokens(draw: st.DrawFn, window: int) -> StoredTokens:
         values=states(*shape, layer.value_dim),
         queries=states(sequences, layer.query_heads, window, layer.key_dim),
         asked=asked,
+        attended=torch.rand(shape, generator=generator).masked_fill(positions < 0, 0.0),
     )
 
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pikv.core.ports import QueryTokenSelector, TokenSelector
+from pikv.core.ports import AttendedTokenSelector, QueryTokenSelector, TokenSelector
 from pikv.testing.policy import PolicyConformance, assert_close, assert_equal, inherited
 from pikv.testing.requests import StoredTokens, stored_tokens
 
@@ -87,6 +87,7 @@ class TokenSelectorConformance(PolicyConformance):
             positions=F.pad(stored.positions, (0, 3), value=-1),
             keys=F.pad(stored.keys, (0, 0, 0, 3)),
             values=F.pad(stored.values, (0, 0, 0, 3)),
+            attended=F.pad(stored.attended, (0, 3)),
         )
         once, again = (self.make().score(tokens.view())[tokens.present] for tokens in (stored, longer))
         assert_close(again, once, "scores with three empty slots more")
@@ -114,7 +115,37 @@ class TokenSelectorConformance(PolicyConformance):
             positions=nothing.positions[..., :0],
             keys=nothing.keys[:, :, :0],
             values=nothing.values[:, :, :0],
+            attended=nothing.attended[..., :0],
         )
         for tokens in (nothing, no_slots):
             scores = self.make().score(tokens.view())
             assert scores.shape == tokens.positions.shape, f"{list(scores.shape)} for {list(tokens.positions.shape)}"
+
+
+class AttendedTokenSelectorConformance(TokenSelectorConformance):
+    """The same for selectors that remember attention; `make` makes one."""
+
+    def make(self) -> AttendedTokenSelector:
+        """Make the selector to test, with the same settings every time."""
+        raise NotImplementedError("make: return the selector to test")
+
+    @inherited
+    @given(data=st.data())
+    def test_what_is_remembered_is_finite(self, data: st.DataObject) -> None:
+        """`fold` gives [sequences, kv_heads, tokens], finite where there is a token, and changes nothing."""
+        stored = self.stored(data)
+        before = stored.copied().tensors()
+        folded = self.make().fold(stored.view())
+        assert folded.shape == stored.positions.shape, f"{list(folded.shape)} for {list(stored.positions.shape)}"
+        assert bool(folded[stored.present].isfinite().all()), f"got {folded.tolist()} at {stored.positions.tolist()}"
+        for name, states in stored.tensors().items():
+            assert_equal(states, before[name], f"{name} after")
+
+    @inherited
+    @given(data=st.data())
+    def test_scores_follow_what_is_remembered(self, data: st.DataObject) -> None:
+        """A token of which more is remembered does not score lower than without it."""
+        stored = self.stored(data)
+        more = attrs.evolve(stored, attended=stored.attended + stored.present.float())
+        less, higher = (self.make().score(tokens.view())[stored.present] for tokens in (stored, more))
+        assert bool((higher >= less).all()), f"{higher.tolist()} with more remembered, {less.tolist()} before"

@@ -20,7 +20,7 @@ from pikv.core.layer import LayerCache
 from pikv.core.query_window import QueryWindow
 from pikv.core.tables import PageTable
 from pikv.core.tail import Tail
-from pikv.policies import EvictOldest, Importance, Quest, Recent, SnapKV, Uniform
+from pikv.policies import EvictOldest, HeavyHitters, Importance, Quest, Recent, SnapKV, Uniform
 from pikv.testing import strategies as some
 
 MODEL = pikv.ModelConfig.of(
@@ -34,6 +34,7 @@ PARTS = {
     "plain": {},
     "quest": {"page_selector": Quest(pages=2, dense_layers=0)},
     "int4": {"compressor": Int4()},
+    "h2o": {"token_selector": HeavyHitters(recent=8), "allocator": Uniform(), "budget_tokens": 64},
     "snapkv": {"token_selector": SnapKV(window=4), "allocator": Uniform(), "budget_tokens": 64},
     "importance": {
         "token_selector": Importance(recent=8),

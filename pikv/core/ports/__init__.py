@@ -20,6 +20,7 @@ from pikv.core.ports.memory_tier import AddressableTier, Done, MemoryTier, Ticke
 from pikv.core.ports.placement import Placement
 from pikv.core.ports.router import Observation, Router, RouterState, Routing
 from pikv.core.ports.selector import (
+    AttendedTokenSelector,
     IndexForm,
     IndexMeaning,
     MassSelector,
@@ -27,6 +28,7 @@ from pikv.core.ports.selector import (
     PageIndex,
     PageSelector,
     QueryTokenSelector,
+    SecondPassSelector,
     TokenSelector,
 )
 from pikv.core.ports.sharding import Sharding
@@ -37,6 +39,7 @@ __all__ = [
     "AddressableTier",
     "Allocator",
     "AttendKernel",
+    "AttendedTokenSelector",
     "Backend",
     "Choice",
     "ChooseKernel",
@@ -67,6 +70,7 @@ __all__ = [
     "Routing",
     "ScoreAllocator",
     "SealKernel",
+    "SecondPassSelector",
     "Sharding",
     "StepKernel",
     "Streamer",

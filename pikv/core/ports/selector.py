@@ -46,6 +46,28 @@ class QueryTokenSelector(TokenSelector):
     """How many of the newest queries of a sequence it needs."""
 
 
+class AttendedTokenSelector(TokenSelector):
+    """A token selector that remembers the attention which each stored token has got.
+
+    Authors write how new attention is folded into what is remembered, and `score` finds it in `view.attended`.
+    """
+
+    @abc.abstractmethod
+    def fold(self, view: TokenView) -> Tensor:
+        """Return what to remember of each token, [sequences, kv_heads, tokens], after the view's queries attended.
+
+        view: `attended` is what was remembered before, 0 for a new token; `queries` are those of one update, all of
+        them, so that `mass()` and `peak()` are the attention that they gave. Changes nothing.
+        """
+
+
+class SecondPassSelector(AttendedTokenSelector):
+    """One that judges a prompt by a second pass over it, `PiKVCache.rehearsal`: nothing leaves before.
+
+    The attention of the prompt itself is not folded; that of the second pass is, and that of decoding after it.
+    """
+
+
 class IndexMeaning(enum.Enum):
     """What an index holds and how it gives a score, where backends may know better than to ask the selector."""
 
