@@ -284,7 +284,7 @@ def test_components_are_described_by_name_and_fields():
 @pytest.mark.parametrize("kind", [LayerCache, Tail, PageTable, QueryWindow])
 def test_every_field_is_committed(kind):
     """A field of a new type must be taught to pikv.core.states: it is a tensor, a part there, or what JSON can say."""
-    known = {"Tensor", "bool", "int", "Tensor | None", "Tail", "PageTable", "QueryWindow | None"}
+    known = {"Tensor", "bool", "int", "Tensor | None", "Tail", "PageTable", "QueryWindow | None", "Attended | None"}
     for field in attrs.fields(kind):
         if field.name not in states.GIVEN and field.init:
             assert str(field.type) in known, f"{kind.__name__}.{field.name}: {field.type}"
