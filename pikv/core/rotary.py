@@ -42,6 +42,16 @@ class Rotary:
         """Return the states before rotation: the inverse of `apply`."""
         return self._rotate(states, positions, direction=-1.0, scaling=1 / self.scaling)
 
+    def mean_rotation(self, first: Tensor, count: int, *, dim: int) -> Tensor:
+        """The mean of the rotations to `count` positions from first int64 [...] on: float32 [..., dim, dim].
+
+        `mean_rotation @ state` is the mean of the rotated states; dim: channels of a state.
+        """
+        positions = first[..., None] + torch.arange(count, device=first.device)
+        units = torch.eye(dim, device=first.device).expand(*positions.shape, -1, -1)
+        turned = self.apply(units, positions[..., None])  # [..., count, dim, dim]: a row is a rotated unit
+        return turned.mean(-3).mT
+
     def _rotate(self, states: Tensor, positions: Tensor, *, direction: float, scaling: float) -> Tensor:
         frequencies = torch.tensor(self.frequencies, device=states.device)
         angles = positions.to(torch.float32)[..., None] * frequencies  # [..., tokens, pairs]

@@ -4,10 +4,12 @@ from pikv.core.exact import KeepAll, LeastRecentlyRead, Refuse
 from pikv.policies.adakv import AdaKV
 from pikv.policies.cache_aware import CacheAware
 from pikv.policies.capacity import Capacity
+from pikv.policies.chunkkv import ChunkKV
 from pikv.policies.demotion import FurthestLayer, LeastOftenRead
 from pikv.policies.duo_attention import DuoAttention
 from pikv.policies.eplb import Eplb
 from pikv.policies.evict_oldest import EvictOldest
+from pikv.policies.expected_attention import ExpectedAttention
 from pikv.policies.foresight import AsLastStep, AsThisLayer
 from pikv.policies.group_limited import GroupLimited
 from pikv.policies.h2o import HeavyHitters
@@ -34,9 +36,11 @@ __all__ = [
     "AsThisLayer",
     "CacheAware",
     "Capacity",
+    "ChunkKV",
     "DuoAttention",
     "Eplb",
     "EvictOldest",
+    "ExpectedAttention",
     "FurthestLayer",
     "GroupLimited",
     "HeavyHitters",

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pikv.core.config import PAGE_SIZES, LayerConfig
 from pikv.core.ports import Observation
+from pikv.core.rotary import Rotary
 from pikv.core.views import AllocationRequest, TokenView
 
 
@@ -96,6 +97,7 @@ def stored_tokens(draw: st.DrawFn, window: int) -> StoredTokens:
         kv_heads=kv_heads,
         key_dim=8,
         value_dim=draw(st.sampled_from((4, 8))),
+        rotary=Rotary.of(dim=8),
     )
     shape = (sequences, kv_heads, tokens)
     steps = draw(whole_numbers(shape, 1, 3))

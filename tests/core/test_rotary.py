@@ -107,3 +107,13 @@ def test_a_view_without_a_rotary_says_so():
     view = TokenView(layer_id=0, layer=layer, positions=torch.zeros(1, 1, 1), decode=lambda: (None, None))
     with pytest.raises(pikv.StateError, match="NeedsRotary"):
         _ = view.unrotated_keys
+
+
+def test_the_mean_rotation_is_the_mean_of_rotated_states():
+    """For several first positions at once."""
+    rotary, states = pikv.Rotary.of(dim=8), torch.randn(2, 10, generator=torch.Generator().manual_seed(0))
+    turn = rotary.mean_rotation(torch.tensor([3, 40]), 7, dim=10)
+    for row, first in enumerate((3, 40)):
+        positions = torch.arange(first, first + 7)
+        expected = rotary.apply(states[row].expand(7, -1), positions).mean(0)
+        torch.testing.assert_close(turn[row] @ states[row], expected)

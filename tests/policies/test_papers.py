@@ -13,7 +13,7 @@ from hypothesis import given
 import pikv
 from pikv import ConfigError
 from pikv.core.ports import TokenSelector
-from pikv.policies import KeyDiff, KeyNorm, LagKV, SnapKV, Tova
+from pikv.policies import ChunkKV, ExpectedAttention, KeyDiff, KeyNorm, LagKV, SnapKV, Tova
 from pikv.testing.requests import StoredTokens, stored_tokens
 from pikv.testing.token_selector import TokenSelectorConformance
 
@@ -117,7 +117,52 @@ class TestLagKV(TokenSelectorConformance):
         assert scores(LagKV(lag=2, sinks=1), [[1.0], [2.0], [3.0], [4.0]]) == [1, 1, 1, 1]
 
 
-@pytest.mark.parametrize("part", [KeyNorm, KeyDiff, SnapKV, Tova, LagKV])
+class TestChunkKV(TokenSelectorConformance):
+    def make(self) -> ChunkKV:
+        return ChunkKV(window=2, chunk=2)
+
+    def test_by_hand(self):
+        """One query gives 1/8, 1/8, 1/4, 1/2 to four tokens: chunks of two get 1/8 and 3/8 each."""
+        keys = [[0.0], [0.0], [math.log(2)], [math.log(4)]]
+        got = scores(ChunkKV(chunk=2, window=1), keys, queries=torch.ones(1, 1, 1, 1))
+        assert got == [0.125, 0.125, 0.375, 0.375]
+
+    def test_heads_keep_the_same_chunks(self):
+        """The score is a mean over the layer's heads."""
+        keys = torch.tensor([[[0.0], [0.0]], [[0.0], [math.log(4)]]])[None]
+        got = ChunkKV(chunk=1, window=1).score(stored(keys, queries=torch.ones(1, 2, 1, 1)).view())
+        torch.testing.assert_close(got, torch.tensor([[[0.35, 0.65], [0.35, 0.65]]]))
+
+
+class TestExpectedAttention(TokenSelectorConformance):
+    def make(self) -> ExpectedAttention:
+        return ExpectedAttention(window=3, future=5, sinks=1)
+
+    def test_by_formula(self):
+        """Each step in float64, position by position, for one head and one future position after another."""
+        generator = torch.Generator().manual_seed(0)
+        keys, values = torch.randn(2, 1, 1, 9, 8, generator=generator)
+        plain = torch.randn(4, 8, generator=generator).double()
+        rotary, asked, future = pikv.Rotary.of(dim=8), torch.arange(5, 9), torch.arange(9, 15)
+        tokens = stored(keys, values=values, queries=rotary.apply(plain, asked)[None, None].float())
+        turn = torch.stack([rotary.apply(torch.eye(8).double(), place.expand(8)) for place in future]).mean(0).T
+        mean, covariance = turn @ plain.mean(0), turn @ torch.cov(plain.T, correction=0) @ turn.T
+        k = keys[0, 0, 2:].double()
+        logits = k @ mean / math.sqrt(8) + ((k @ covariance) * k).sum(-1) / 16
+        expected = logits.softmax(-1) * values[0, 0, 2:].double().norm(dim=-1)
+        layer = attrs.evolve(tokens.layer, rotary=rotary)
+        got = ExpectedAttention(window=4, future=6, sinks=2).score(attrs.evolve(tokens, layer=layer).view())
+        torch.testing.assert_close(got[0, 0, 2:].double(), expected, atol=1e-5, rtol=1e-4)
+        assert not got[0, 0, :2].any()
+
+    def test_a_model_that_rotates_in_an_unknown_way_is_refused(self):
+        """It needs the queries before rotation."""
+        model = pikv.ModelConfig(layers=1, query_heads=4, kv_heads=2, head_dim=8)
+        with pytest.raises(ConfigError, match="no rotary"):
+            pikv.compose(model, token_selector=ExpectedAttention(), budget_tokens=256)
+
+
+@pytest.mark.parametrize("part", [KeyNorm, KeyDiff, SnapKV, Tova, LagKV, ChunkKV, ExpectedAttention])
 @pytest.mark.parametrize("wrong", [-1, 2.5])
 def test_counts_that_cannot_work_are_refused(part, wrong):
     """The message names the part and its field."""
@@ -125,10 +170,14 @@ def test_counts_that_cannot_work_are_refused(part, wrong):
         part(sinks=wrong)
 
 
-@pytest.mark.parametrize("name", ["key_norm", "keydiff", "lagkv", "snapkv", "streaming_llm", "tova"])
+NAMES = ["chunkkv", "expected_attention", "h2o", "key_norm", "keydiff", "lagkv", "snapkv", "streaming_llm", "tova"]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_they_hold_a_budget(name):
     """Each composes by its name, and a prompt and decoded tokens keep to the budget."""
-    model = pikv.ModelConfig(layers=1, query_heads=4, kv_heads=2, head_dim=8)
+    rotary = pikv.Rotary.of(dim=8)
+    model = pikv.ModelConfig(layers=1, query_heads=4, kv_heads=2, head_dim=8, rotary=rotary)
     names = {"token_selector": name, "budget_tokens": 96, "page_size": 16, "tail_tokens": 64}
     cache = pikv.PiKVCache(model, pikv.runtime_from(names, model))
     generator = torch.Generator().manual_seed(1)

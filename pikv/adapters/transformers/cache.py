@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -99,6 +101,14 @@ class HostCache(Cache):
         if length < self._seen.length:
             self.pikv.crop(length)
             self._seen = self._seen.cropped(length)
+
+    @contextlib.contextmanager
+    def rehearsal(self) -> Iterator[None]:
+        """What the model is given within it is forgotten again when it ends; see PiKVCache.rehearsal."""
+        seen = self._seen
+        with self.pikv.rehearsal():
+            yield
+        self._seen = seen
 
     def fork(self) -> HostCache:
         """A second cache that goes on from here: sealed pages are shared. `copy.deepcopy` does the same."""

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import attrs
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from pikv.adapters.transformers import attention
@@ -73,6 +74,17 @@ class Host:
     def new_cache(self, *, pool: PagePool | None = None) -> HostCache:
         """An empty cache for one batch, to pass as `past_key_values`. pool: shared by several caches."""
         return HostCache(PiKVCache(self.model, self.runtime, pool=pool), self._latent)
+
+    def rehearse(self, cache: HostCache, input_ids: Tensor, *, chunk_tokens: int = 512) -> None:
+        """Go over a prompt a second time, for a token selector that judges by it (KVzip); right after the prompt.
+
+        input_ids [batch, tokens]: a request to repeat the text, and the text; read in chunks. The cache has seen no
+        more tokens afterwards, and is cut at the first decoded token. Raises StateError where a second pass has no
+        place; see PiKVCache.rehearsal.
+        """
+        with cache.rehearsal(), torch.no_grad():
+            for chunk in input_ids.split(chunk_tokens, dim=1):
+                self._hf_model.base_model(input_ids=chunk, past_key_values=cache)
 
     def detach(self) -> None:
         """Give the model back as it was. Its caches can still be read, and no longer be used with it."""
