@@ -46,8 +46,8 @@ class Affine:
     first. A group is whole bytes. Scales and zeros have the group first, so those of one group lie side by side:
     a group's key scales fold into the query, its value scales into the softmax weights.
 
-    How a group is written: zero is the largest float16 that is not above its entries, and never -0.0; scale the
-    least float16 that is not below `(highest entry - zero) / (2**bits - 1)`; a code is `(entry - zero) / scale`,
+    How a group is written: zero is the largest float16 that is not above its entries, scale the least float16 that is
+    not below `(highest entry - zero) / (2**bits - 1)`, neither of them -0.0; a code is `(entry - zero) / scale`,
     rounded half to even; all in float64. Where the scale is 0, which makes all entries equal the zero, codes are 0.
 
     bits: 2, 4 or 8. order: of the codes; an order that a backend does not know is left to torch.

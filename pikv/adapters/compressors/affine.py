@@ -166,7 +166,8 @@ def quantize(name: str, states: Tensor, encoding: Affine) -> tuple[Tensor, Tenso
             f"{name} must lie within float16's range of +-{_FLOAT16_MAX:.0f}, which their scales and zeros are stored "
             f"in, got a magnitude of {float(states.abs().amax()):.6g}; use the compressor Exact"
         )
-    zeros = _float16_at_most(low + 0.0)  # the sum makes 0.0 of -0.0: which of the two is least depends on the order
+    low, high = low + 0.0, high + 0.0  # 0.0 instead of -0.0: which of the two comes out depends on the order
+    zeros = _float16_at_most(low)
     scales = -_float16_at_most(-(high - zeros.double()) / encoding.highest_code)
     divisors = scales.double().masked_fill(scales == 0, 1.0)
     # float64: a float32 quotient may fall on the wrong side of a tie, and the error be more than half a scale.

@@ -213,7 +213,7 @@ def _limits(side: Side, target: Target, page: int, group: int, numbers: Any, lin
         place = group * side.runs + run
         zero = half_at_most(lines[0, run] + 0.0)  # the sum makes 0.0 of -0.0
         lines[0, run] = from_half(zero)
-        scale = half_at_most(-(lines[1, run] - lines[0, run]) / ((1 << side.bits) - 1))
+        scale = half_at_most(-(lines[1, run] + 0.0 - lines[0, run]) / ((1 << side.bits) - 1))
         lines[1, run] = -from_half(scale) if from_half(scale) != 0 else 1.0
         target.halves[page, side.zeros // 2 + place] = zero
         target.halves[page, side.scales // 2 + place] = scale ^ np.int16(-32768)

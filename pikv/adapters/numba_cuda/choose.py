@@ -65,9 +65,8 @@ def choose_kernel(key_dim: int):
             bound = 0.0
             for channel in range(key_dim):
                 asked = query[q, channel]
-                side = 1 if asked > 0.0 else 0
-                if asked != 0.0 or not math.isfinite(from_half(index[page, side, channel])):
-                    bound += asked * from_half(index[page, side, channel])
+                bound += min(asked, 0.0) * from_half(index[page, 0, channel])
+                bound += max(asked, 0.0) * from_half(index[page, 1, channel])
             best = max(best, bound) if bound <= LARGEST else LARGEST  # no number, or infinite: it has to be read
         return best
 

@@ -165,10 +165,9 @@ def _writer(encoding: Encoding, dtype: torch.dtype, *, along_tokens: bool):
             least, greatest = min(least, value), max(greatest, value)
             fine = fine and abs(value) <= FLOAT16_MAX
         if fine:
-            zeros[page, block, run] = half_at_most(least + 0.0)  # the sum makes 0.0 of -0.0
-            scales[page, block, run] = half_at_least(
-                (greatest - float(from_half(zeros[page, block, run]))) / highest_code
-            )
+            zero = half_at_most(least + 0.0)  # the sum makes 0.0 of -0.0
+            zeros[page, block, run] = zero
+            scales[page, block, run] = half_at_least((greatest + 0.0 - float(from_half(zero))) / highest_code)
         return fine
 
     @cuda.jit(device=True)

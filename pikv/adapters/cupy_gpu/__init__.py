@@ -1,0 +1,5 @@
+"""CUDA kernels that read pages where they lie, as they are encoded, on torch's memory and stream."""
+
+from pikv.adapters.cupy_gpu.backend import CupyGpu
+
+__all__ = ["CupyGpu"]
