@@ -12,7 +12,7 @@ from pikv.adapters.zarr_store import arrays, manifests
 from pikv.adapters.zarr_store.manifests import Document
 from pikv.adapters.zarr_store.objects import Objects
 from pikv.adapters.zarr_store.reading import read_pages
-from pikv.adapters.zarr_store.segments import FOLDER, Catalog, Segment
+from pikv.adapters.zarr_store.segments import FOLDER, Catalog, Segment, contains
 from pikv.core.errors import DamagedError, PageLostError, VersionError
 from pikv.core.files import as_buffer
 from pikv.core.ports import Manifest, Version
@@ -20,10 +20,14 @@ from pikv.core.ports import Manifest, Version
 
 @attrs.frozen(kw_only=True)
 class Opened:
-    """A version whose manifest was read and checked. catalog: its segments whose metadata is undamaged."""
+    """A version whose manifest was read and checked.
+
+    keys: of its pages, by their length, ascending. catalog: its segments whose metadata is undamaged.
+    """
 
     version: Version
     manifest: Manifest
+    keys: dict[int, Tensor]
     catalog: Catalog
 
 
@@ -58,8 +62,12 @@ class History:
             version = versions[-1]
         if self._opened is None or self._opened.version != version:
             document = self.document(version)
+            manifest = self._manifest(document)
             self._opened = Opened(
-                version=version, manifest=self._manifest(document), catalog=Catalog(self._segments(document))
+                version=version,
+                manifest=manifest,
+                keys={page_bytes: keys.sort().values for page_bytes, keys in manifest.pages.items()},
+                catalog=Catalog(self._segments(document)),
             )
         return self._opened
 
@@ -93,14 +101,13 @@ class History:
     def read(self, version: Version, keys: Tensor, out: Tensor) -> None:
         """See Streamer.read."""
         opened = self.open(version)
-        lost = keys[~torch.isin(keys, opened.manifest.pages.get(out.shape[1], keys[:0]))].tolist()
+        lost = keys[~contains(opened.keys.get(out.shape[1], keys[:0]), keys)].tolist()
         if lost:
             raise PageLostError(f"version {version}: it has no page of {out.shape[1]} bytes with key {lost[0]}")
         known = opened.catalog.contains(keys)
-        there, damaged = torch.nonzero(known).flatten(), keys[~known].tolist()
-        for segment, which, rows in opened.catalog.find(keys[there]):
-            index = there[which]
-            damaged += keys[index[read_pages(self._objects, segment, rows, index, out)]].tolist()
+        there = torch.nonzero(known).flatten()
+        parts = ((segment, there[which], rows) for segment, which, rows in opened.catalog.find(keys[there]))
+        damaged = keys[read_pages(self._objects, parts, out)].tolist() + keys[~known].tolist()
         if damaged:
             raise DamagedError(
                 f"version {version}: {len(damaged)} of {len(keys)} pages are missing or damaged, the first with key "

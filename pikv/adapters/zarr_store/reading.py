@@ -1,6 +1,10 @@
-"""How pages of a segment are read: as long runs as there are, each checked while it is in the processor's cache."""
+"""How pages of a segment are read: as long runs as there are, checked while they are in the processor's cache."""
 
 from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -10,33 +14,55 @@ from pikv.adapters.zarr_store.objects import Objects
 from pikv.adapters.zarr_store.segments import Segment
 from pikv.core.files import as_buffer
 
-AT_ONCE = 1 << 20  # bytes of a run that are read before they are checked
+AT_ONCE = 1 << 20  # bytes that are read before they are checked
+THREADS = 2  # one reads while another checks
 
 
-def read_pages(objects: Objects, segment: Segment, rows: Tensor, index: Tensor, out: Tensor) -> Tensor:
-    """Read the segment's rows int64 [m], ascending, into out[index] int64 [m].
+def read_pages(objects: Objects, parts: Iterable[tuple[Segment, Tensor, Tensor]], out: Tensor) -> list[int]:
+    """Read pages into out uint8 [n, page_bytes]: of each segment rows int64 [m], ascending, to out[index int64 [m]].
 
-    Returns which of them are missing or damaged: int64 [k], numbers below m.
+    Returns which rows of out are missing or damaged.
     """
-    page_bytes = segment.page_bytes
-    most = max(1, AT_ONCE // page_bytes)
-    apart = torch.nonzero((rows.diff() != 1) | (index.diff() != 1)).flatten() + 1
-    bad: list[Tensor] = []
-    for run in torch.tensor_split(torch.arange(len(rows)), apart.tolist()):
-        for some in run.split(most):
-            first, start = int(index[some[0]]), int(rows[some[0]])
-            target = out[first : first + len(some)]
-            bad.append(some[_wrong(objects, segment, start, target)])
-    return torch.cat(bad)
+    blocks = [
+        _Block(objects, segment, rows[first : first + most], index[first : first + most], out)
+        for segment, index, rows in parts
+        for most in [max(1, AT_ONCE // segment.page_bytes)]
+        for first in range(0, len(rows), most)
+    ]
+    if len(blocks) < 2 * THREADS:
+        return [row for block in blocks for row in block.read()]
+    with ThreadPoolExecutor(THREADS) as pool:
+        return [row for bad in pool.map(_Block.read, blocks) for row in bad]
 
 
-def _wrong(objects: Objects, segment: Segment, start: int, out: Tensor) -> Tensor:
-    """Read len(out) pages from row `start` on; returns which are missing or damaged: bool [n]."""
-    expected = segment.checksums[start : start + len(out)]
-    try:
-        objects.read_ranges(segment.chunk, [(start * segment.page_bytes, as_buffer(out))])
-    except OSError:
-        if len(out) == 1:
-            return torch.ones(1, dtype=torch.bool)
-        return torch.cat([_wrong(objects, segment, start + i, out[i : i + 1]) for i in range(len(out))])
-    return torch.tensor(arrays.checksums(out), dtype=torch.int64) != expected
+class _Block:
+    """Rows of one segment that are read in one call."""
+
+    def __init__(self, objects: Objects, segment: Segment, rows: Tensor, index: Tensor, out: Tensor) -> None:
+        self._objects, self._segment = objects, segment
+        self._rows, self._index, self._out = rows, index, out
+
+    def read(self) -> list[int]:
+        """Return which rows of out are missing or damaged."""
+        length, rows, index = self._segment.page_bytes, self._rows.tolist(), self._index.tolist()
+        memory = as_buffer(self._out)
+        apart = torch.nonzero((self._rows.diff() != 1) | (self._index.diff() != 1)).flatten() + 1
+        starts = [0, *apart.tolist(), len(rows)]
+        ranges = [
+            (rows[first] * length, memory[index[first] * length : (index[first] + stop - first) * length])
+            for first, stop in itertools.pairwise(starts)
+        ]
+        try:
+            self._objects.read_ranges(self._segment.chunk, ranges)
+        except OSError:
+            return self._read_one_by_one() if len(rows) > 1 else index
+        return self._wrong(index)
+
+    def _read_one_by_one(self) -> list[int]:
+        pages = zip(self._rows.split(1), self._index.split(1), strict=True)
+        return [bad for row, at in pages for bad in _Block(self._objects, self._segment, row, at, self._out).read()]
+
+    def _wrong(self, index: list[int]) -> list[int]:
+        expected = self._segment.checksums[self._rows].tolist()
+        got = arrays.checksums(self._out, index)
+        return [row for row, one, other in zip(index, got, expected, strict=True) if one != other]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pikv.adapters.zarr_store import arrays
 from pikv.adapters.zarr_store.objects import Objects
-from pikv.adapters.zarr_store.segments import Catalog, Segment
+from pikv.adapters.zarr_store.segments import Catalog, Segment, contains
 from pikv.core.errors import InputError
 from pikv.core.files import as_buffer
 from pikv.core.ports import Done, Ticket
@@ -55,8 +55,11 @@ class PageWriter:
 
     def holds(self, keys: Tensor) -> Tensor:
         """Which of keys int64 [n] wait, are being written or are in a segment that is known here: bool [n]."""
-        waiting = [some for parts in self._waiting.values() for some, _ in parts]
-        return self.catalog.contains(keys) | torch.isin(keys, torch.cat([keys[:0], *waiting]))
+        held = self.catalog.contains(keys)
+        for parts in self._waiting.values():
+            for some, _ in parts:
+                held |= contains(some.sort().values, keys)
+        return held
 
     def _flush(self, page_bytes: int) -> None:
         keys, pages = (torch.cat(parts) for parts in zip(*self._waiting.pop(page_bytes), strict=True))
@@ -65,7 +68,7 @@ class PageWriter:
 
     def _write(self, keys: Tensor, pages: Tensor) -> Job:
         """Checksums are taken here, while the thread still writes what came before."""
-        checksums = torch.tensor(arrays.checksums(pages), dtype=torch.int64)
+        checksums = torch.tensor(arrays.checksums(pages, range(len(pages))), dtype=torch.int64)
         segment = Segment(name=self.new_name(), page_bytes=pages.shape[1], keys=keys, checksums=checksums)
 
         def write() -> None:

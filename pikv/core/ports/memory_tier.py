@@ -128,5 +128,6 @@ def check_batch(keys: Tensor, pages: Tensor) -> None:
         )
     if pages.device.type != "cpu" or not pages.is_contiguous():
         raise InputError(f"pages must be contiguous and on the CPU, got strides {pages.stride()} on {pages.device}")
-    if len(keys) and (int(keys.min()) < 0 or len(keys.unique()) != len(keys)):
+    ascending = len(keys) and int(keys[0]) >= 0 and bool((keys.diff() > 0).all())  # as keys mostly are
+    if not ascending and len(keys) and (int(keys.min()) < 0 or len(keys.unique()) != len(keys)):
         raise InputError(f"keys must be distinct and not negative, got {keys.tolist()}")
