@@ -10,7 +10,6 @@ import attrs
 import torch
 from torch import Tensor
 
-from pikv.core.directory import runs
 from pikv.core.errors import PageLostError, PoolFullError, TierError
 from pikv.core.ports.demotion import Demotion, PageUse
 from pikv.core.tier_stack import Arrival, TierStack
@@ -30,8 +29,6 @@ class _Coming:
     ids: Tensor
     rows: Tensor
     arrivals: list[Arrival]
-    copies: list[tuple[Tensor, Tensor]]
-    """Slab rows, and what is read for them: the same memory, but for a slab on a device."""
 
 
 @final
@@ -115,7 +112,7 @@ class Residency:
         self._land(ids[:0])
         expected = [coming.ids for coming in self._coming]
         far = ids[self._pool.rows(ids) == FAR]
-        far = far[~torch.isin(far, torch.cat([ids[:0], *expected]))]
+        far = far[~self._among(far, torch.cat([ids[:0], *expected]))]
         if not len(far):
             return
         try:
@@ -126,21 +123,14 @@ class Residency:
 
     def _ask(self, form: PageForm, ids: Tensor) -> _Coming:
         rows = self._pool.take_rows(form, len(ids))
-        slab = self._pool.slab(form)
-        coming = _Coming(form, ids, rows, [], [])
-        for first, row, count in runs(rows):
-            there = slab[row : row + count]
-            out = there if there.device.type == "cpu" else torch.empty(there.shape, dtype=torch.uint8)
-            coming.arrivals.extend(self.stack.read(ids[first : first + count], out))
-            coming.copies.append((there, out))
-        return coming
+        return _Coming(form, ids, rows, self.stack.read(ids, self._pool.slab(form), rows.long()))
 
     def _land(self, wanted: Tensor) -> None:
         """Take in what has arrived, and wait for those of the wanted pages that come. What failed is far again."""
         waiting = []
         for coming in self._coming:
             over = all(arrival.ticket.done() for arrival in coming.arrivals)
-            if not over and not bool(torch.isin(coming.ids, wanted).any()):
+            if not over and not bool(self._among(coming.ids, wanted).any()):
                 waiting.append(coming)
                 continue
             try:
@@ -158,8 +148,6 @@ class Residency:
                 arrival.settle()
             self._pool.give_rows(coming.form, coming.rows)
             raise
-        for there, out in coming.copies:
-            there.copy_(out)  # of memory to itself: nothing
         self._pool.place(coming.ids, coming.rows)
         self._read_at[coming.ids] = self._clock
         self.moves += 1
@@ -199,7 +187,7 @@ class Residency:
         """The resident pages that nobody uses, coldest first: int32 [n]."""
         self._land(keep[:0])
         ids = self._pool.resident()
-        ids = ids[~torch.isin(ids, torch.cat([keep, self._in_use]))]
+        ids = ids[~self._among(ids, torch.cat([keep, self._in_use]))]
         ids = ids[self._read_at[ids].argsort(stable=True)]
         use = PageUse(
             read_at=self._read_at[ids],
@@ -209,6 +197,12 @@ class Residency:
             layer_count=self._layer_count,
         )
         return ids[self._demotion.warmth(use).argsort(stable=True)]
+
+    def _among(self, ids: Tensor, others: Tensor) -> Tensor:
+        """Which of ids int32 [n] are among others int32 [m]: bool [n]."""
+        marked = torch.zeros(len(self._reads), dtype=torch.bool)
+        marked[others] = True
+        return marked[ids]
 
     def _near_bytes(self, form: PageForm, ids: Tensor) -> Tensor:
         slab = self._pool.slab(form)
@@ -223,10 +217,8 @@ class Residency:
         out[rows != FAR] = self._near_bytes(form, held[rows != FAR])
         far = held[rows == FAR]
         if len(far):
-            fetched = torch.empty(len(far), form.stride, dtype=torch.uint8)
-            for arrival in self.stack.read(far, fetched):
+            for arrival in self.stack.read(far, out, torch.nonzero(rows == FAR).flatten()):
                 arrival.wait()
-            out[rows == FAR] = fetched
         return out[back]
 
     def whole(self, near_bytes: int, resident: Tensor) -> tuple[int, Tensor]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pikv.core.errors import PageLostError, PiKVError, PoolFullError, TierError, TierFullError
 from pikv.core.ports.memory_tier import MemoryTier
-from pikv.core.worker import Background, Job
+from pikv.core.worker import Job, Worker
 
 _POOLS = itertools.count()
 NOWHERE = -1
@@ -50,14 +50,15 @@ class TierStack:
     """
 
     def __init__(self, tiers: Sequence[MemoryTier]) -> None:
-        self._tiers = [tier if isinstance(tier, Background) else Background(tier) for tier in tiers]
+        self._tiers = list(tiers)
+        self._workers = [Worker(at_most=64) for _ in tiers]
         self._first_key = next(_POOLS) << 32  # tiers may be shared by pools
         self._tier_of = torch.empty(0, dtype=torch.int8)
         self._marks = torch.empty(0, dtype=torch.int64)
         self._bytes = torch.empty(0, dtype=torch.int64)
         # By own books: a tier discards in its turn, and what is written after that finds the room.
         self._free_bytes = [tier.capacity_bytes for tier in self._tiers]
-        self.use = [TierUse(name=type(getattr(tier, "tier", tier)).__name__) for tier in tiers]
+        self.use = [TierUse(name=type(tier).__name__) for tier in tiers]
 
     @property
     def capacity_bytes(self) -> int:
@@ -103,24 +104,26 @@ class TierStack:
             )
 
     def _write_to(self, number: int, ids: Tensor, pages: Tensor) -> None:
-        pages = pages.contiguous()
-        self._tiers[number].write(self._keys(ids), pages).wait()
+        keys, pages = self._keys(ids), pages.contiguous()
+        self._workers[number].submit(lambda: self._tiers[number].write(keys, pages).wait()).wait()
         self._marks[ids] = marks(pages)
         self._tier_of[ids], self._bytes[ids] = number, pages.shape[1]
         self._free_bytes[number] -= pages.nbytes
         self.use[number].pages_written += len(ids)
         self.use[number].bytes_written += pages.nbytes
 
-    def read(self, ids: Tensor, out: Tensor) -> list[Arrival]:
-        """Ask for the pages of ids int32 [n], n > 0, all of which have a copy, into out uint8 [n, page_bytes]."""
+    def read(self, ids: Tensor, slab: Tensor, rows: Tensor) -> list[Arrival]:
+        """Ask for pages int32 [n], all of which have a copy, into rows int64 [n] of a slab uint8 [rows, page_bytes]."""
         arrivals = []
-        tiers = self._tier_of[ids]
-        changes = [0, *(torch.nonzero(tiers.diff()).flatten() + 1).tolist(), len(ids)]
-        for first, stop in itertools.pairwise(changes):
-            number, some, part = int(tiers[first]), ids[first:stop], out[first:stop]
-            ticket = self._tiers[number].read(self._keys(some), part)
-            assert isinstance(ticket, Job)
-            arrivals.append(Arrival(ticket, some, part, self._marks[some], self.use[number]))
+        for number, tier in enumerate(self._tiers):
+            here = self._tier_of[ids] == number
+            some = ids[here]
+            if len(some):
+                fetch = functools.partial(
+                    _fetch, tier, self._keys(some), self._marks[some], slab, rows[here], self.use[number].name
+                )
+                nbytes = len(some) * slab.shape[1]
+                arrivals.append(Arrival(self._workers[number].submit(fetch), len(some), nbytes, self.use[number]))
         return arrivals
 
     def forget(self, ids: Tensor) -> None:
@@ -128,7 +131,7 @@ class TierStack:
         for number, tier in enumerate(self._tiers):
             some = ids[self._tier_of[ids] == number]
             if len(some):
-                tier.discard(self._keys(some))
+                self._workers[number].submit(functools.partial(tier.discard, self._keys(some)))
                 self._free_bytes[number] += int(self._bytes[some].sum())
         self._tier_of[ids] = NOWHERE
 
@@ -136,14 +139,26 @@ class TierStack:
         return ids.long() + self._first_key
 
 
+def _fetch(tier: MemoryTier, keys: Tensor, expected: Tensor, slab: Tensor, rows: Tensor, name: str) -> None:
+    """Read pages in one batch, compare them, and put them into their rows: by the tier's thread."""
+    pages = torch.empty(len(keys), slab.shape[1], dtype=torch.uint8)
+    tier.read(keys, pages).wait()
+    wrong = torch.nonzero(marks(pages) != expected).flatten().tolist()
+    if wrong:
+        raise PageLostError(
+            f"pool: {len(wrong)} of {len(keys)} pages came back from {name} changed; check the device, and restore or "
+            "compute again"
+        )
+    slab[rows.to(slab.device)] = pages.to(slab.device)
+
+
 @attrs.frozen(eq=False)
 class Arrival:
-    """Pages that are being read."""
+    """Pages of one tier that are being read."""
 
     ticket: Job
-    ids: Tensor
-    out: Tensor
-    marks: Tensor
+    pages: int
+    nbytes: int
     use: TierUse
 
     def wait(self) -> None:
@@ -157,18 +172,11 @@ class Arrival:
         finally:
             self.use.waited_s += time.perf_counter() - started
             self.use.busy_s += self.ticket.took_s
-        self.use.pages_read += len(self.ids)
-        self.use.bytes_read += self.out.nbytes
-        wrong = self.ids[marks(self.out) != self.marks].tolist()
-        if wrong:
-            self.use.failures += 1
-            raise PageLostError(
-                f"pool: {len(wrong)} of {len(self.ids)} pages came back from {self.use.name} changed, the first with "
-                f"id {wrong[0]}; check the device, and restore or compute again"
-            )
+        self.use.pages_read += self.pages
+        self.use.bytes_read += self.nbytes
 
     def settle(self) -> None:
-        """Return when nothing more is written to `out`, whatever has come of it."""
+        """Return when nothing more is written to the slab, whatever has come of it."""
         with contextlib.suppress(PiKVError):
             self.ticket.wait()
 

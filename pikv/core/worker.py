@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import enum
 import queue
 import threading
@@ -100,6 +101,8 @@ class Worker:
         self._thread = threading.Thread(target=_work, args=(self._jobs, self._room), daemon=True)
         self._thread.start()
         self._stop = weakref.finalize(self, self._jobs.put, None)
+        self._stop.atexit = False
+        _OPEN.add(self)
 
     def submit(self, work: Callable[[], Any]) -> Job:
         """Let the thread call `work`. Raises StateError after `close`."""
@@ -120,6 +123,16 @@ class Worker:
         self._closed = True
         self._stop()
         self._thread.join()
+
+
+_OPEN: weakref.WeakSet[Worker] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    """An interpreter that ends in the middle of a call would take the process down."""
+    for worker in list(_OPEN):
+        worker.close()
 
 
 def _work(jobs: queue.SimpleQueue[Job | None], room: threading.Semaphore) -> None:

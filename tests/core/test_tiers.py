@@ -213,7 +213,8 @@ class FarAndNear(RuleBasedStateMachine):
         assert self.pool.used_bytes == 0
         assert self.pool.near_free_bytes == self.pool.capacity_bytes
         assert self.pool.residency.leases() == 0
-        for tier in self.pool.residency.stack._tiers:
+        for tier, worker in zip(self.tiers, self.pool.residency.stack._workers, strict=True):
+            worker.close()
             tier.check_integrity()
             assert tier.used_bytes == 0
             tier.close()

@@ -1,0 +1,155 @@
+"""Decoding with pages far away: how much of the time to fetch them is hidden by fetching ahead.
+
+    python benchmarks/tiers.py --output docs/tables/tiers.md
+
+The far tier is a model, not a device: main memory with a stated latency and bandwidth, kept by the clock. A cache twice
+its near memory decodes; every layer reads the pages that Quest chooses. Keys and queries are random and drift slowly
+from token to token and layer to layer, so that what is chosen changes; --drift says how fast. Contestants take turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from pathlib import Path
+
+import attrs
+import torch
+from shared import tables
+from tqdm import tqdm
+
+import pikv
+from pikv.core.host_tier import HostTier
+from pikv.core.modelled_tier import ModelledTier
+from pikv.core.prefetch import Foresight
+from pikv.policies import AsLastStep, AsThisLayer, FurthestLayer, Quest
+
+MODEL = pikv.ModelConfig(layers=8, query_heads=32, kv_heads=8, head_dim=128)
+PAGES = 80
+LATENCY_S, BYTES_PER_S = 80e-6, 3e9
+CXL_BYTES_PER_S = 25e9  # of one x8 link, for the computed row
+CASES = {
+    "all near": None,
+    "far, no prefetch": None,
+    "far, as last step": AsLastStep(),
+    "far, as this layer": AsThisLayer(),
+}
+WARM = 4  # steps that are not measured: pages that have never been far are written on their way there
+
+
+@attrs.define
+class Decoding:
+    """One contestant: its cache, and the milliseconds of its steps."""
+
+    cache: pikv.PiKVCache
+    milliseconds: list[float] = attrs.field(factory=list)
+
+    def forget(self) -> None:
+        """What was measured so far."""
+        self.milliseconds.clear()
+        if self.cache.pool.residency is not None:
+            use = self.cache.pool.residency.stack.use[0]
+            use.pages_read, use.busy_s, use.waited_s = 0, 0.0, 0.0
+        if self.cache._prefetcher is not None:
+            self.cache._prefetcher.foresight = Foresight()
+
+
+def compose(name: str, tokens: int) -> pikv.PiKVCache:
+    """A cache of the case, empty."""
+    page_bytes = pikv.RuntimeConfig().form(MODEL.layers[0], MODEL.dtype).stride
+    everything = page_bytes * (tokens // 64 + 4) * 8 * len(MODEL.layers)
+    parts = {"page_selector": Quest(pages=PAGES, dense_layers=0)}
+    if name == "all near":
+        return pikv.compose(MODEL, **parts)
+    tier = ModelledTier(HostTier(capacity_bytes=2 * everything), latency_s=LATENCY_S, bytes_per_s=BYTES_PER_S)
+    return pikv.compose(
+        MODEL, tiers=[tier], near_bytes=everything // 2, demotion=FurthestLayer(), predictor=CASES[name], **parts
+    )
+
+
+def run(tokens: int, steps: int, drift: float) -> dict[str, Decoding]:
+    """Fill the caches alike, then let them decode in turns."""
+    contestants = {name: Decoding(compose(name, tokens)) for name in CASES}
+    generator = torch.Generator().manual_seed(0)
+    for start in tqdm(range(0, tokens, 1024), desc="prompt"):
+        for layer_id in range(len(MODEL.layers)):
+            k, v = torch.randn(2, 1, 8, 1024, 128, generator=generator)
+            for each in contestants.values():
+                each.cache.update(layer_id, start, k, v)
+                each.cache.finish_prefill()
+    query = torch.randn(1, 32, 1, 128, generator=generator)
+    for step in tqdm(range(-WARM, steps), desc="decode"):
+        if step == 0:
+            for each in contestants.values():
+                each.forget()
+        inputs = []
+        for _ in MODEL.layers:
+            query = (1 - drift) * query + drift * torch.randn(1, 32, 1, 128, generator=generator)
+            inputs.append((*torch.randn(2, 1, 8, 1, 128, generator=generator), query))
+        for each in contestants.values():
+            started = time.perf_counter()
+            for layer_id, (k, v, q) in enumerate(inputs):
+                each.cache.update(layer_id, tokens + WARM + step, k, v)
+                each.cache.attend(layer_id, q)
+            each.milliseconds.append(1e3 * (time.perf_counter() - started))
+    return contestants
+
+
+def row(name: str, each: Decoding, steps: int) -> tuple[str, ...]:
+    """A line of the table."""
+    median = statistics.median(each.milliseconds)
+    if each.cache.pool.residency is None:
+        return (name, f"{median:.1f}", "", "", "", "")
+    use = each.cache.pool.residency.stack.use[0]
+    prefetcher = each.cache._prefetcher
+    hits = "" if prefetcher is None else f"{prefetcher.foresight.hit_rate:.0%}"
+    return (
+        name,
+        f"{median:.1f}",
+        f"{use.pages_read / steps:.0f}",
+        f"{1e3 * use.busy_s / steps:.1f}",
+        f"{1e3 * use.waited_s / steps:.1f}",
+        hits,
+    )
+
+
+def main() -> None:
+    """Measure, and save the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=8_192)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--drift", type=float, default=0.05)
+    parser.add_argument("--output", type=Path, default=None)
+    arguments = parser.parse_args()
+    contestants = run(arguments.tokens, arguments.steps, arguments.drift)
+    near_ms = statistics.median(contestants["all near"].milliseconds)
+    rows = [row(name, each, arguments.steps) for name, each in contestants.items()]
+    page_bytes = pikv.RuntimeConfig().form(MODEL.layers[0], MODEL.dtype).stride
+    read_bytes = page_bytes * PAGES * 8 * len(MODEL.layers)
+    rows.append(
+        (
+            "computed: half of what is read in place, CXL",
+            f"{near_ms + 1e3 * read_bytes / 2 / CXL_BYTES_PER_S:.1f}",
+            "",
+            "",
+            "",
+            "",
+        )
+    )
+    columns = ("case", "step, ms", "far pages a step", "fetching, ms", "waited for, ms", "foreseen of chosen")
+    text = "\n\n".join(
+        [
+            f"{len(MODEL.layers)} layers, 8 KV heads, head_dim 128, float32; {arguments.tokens} tokens, near memory "
+            f"for half of them; Quest reads {PAGES} pages a head. The far tier is a model: {LATENCY_S * 1e6:.0f} us, "
+            f"{BYTES_PER_S / 1e9:.0f} GB/s. Medians of {arguments.steps} steps, drift {arguments.drift}. "
+            f"{tables.machine()}.",
+            tables.command(),
+            tables.markdown(columns, rows).rstrip(),
+        ]
+    )
+    tables.save(text + "\n", arguments.output)
+
+
+if __name__ == "__main__":
+    main()
