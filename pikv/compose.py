@@ -8,7 +8,7 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from pikv.adapters.compressors import Int2, Int4, Int8
+from pikv.adapters.compressors import Int2, Int4, Int8, Rotated
 from pikv.core.cache import PiKVCache
 from pikv.core.config import ModelConfig, RuntimeConfig
 from pikv.core.errors import ConfigError, UnknownNameError
@@ -65,9 +65,21 @@ def _zarr(folder: str, *, keep_versions: int | None = None) -> Streamer:
     return ZarrStreamer(folder, keep_versions=keep_versions)
 
 
+def _rotated(inner: Compressor) -> Callable[[], Compressor]:
+    return lambda: Rotated(inner)
+
+
 PARTS: dict[str, dict[str, Callable[..., Any]]] = {
     "allocator": {"adakv": AdaKV, "duo_attention": DuoAttention, "pyramid": Pyramid, "uniform": Uniform},
-    "compressor": {"exact": Exact, "int2": Int2, "int4": Int4, "int8": Int8},
+    "compressor": {
+        "exact": Exact,
+        "int2": Int2,
+        "int2_rotated": _rotated(Int2()),
+        "int4": Int4,
+        "int4_rotated": _rotated(Int4()),
+        "int8": Int8,
+        "int8_rotated": _rotated(Int8()),
+    },
     "router": {
         "cache_aware": CacheAware,
         "capacity": Capacity,

@@ -11,9 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pikv.core.attended import Attended
+from pikv.core.basis import Basis
 from pikv.core.config import LayerConfig
 from pikv.core.pool import PagePool
 from pikv.core.ports.backend import Choice, IndexedPages, PageCodec, Pages
+from pikv.core.ports.compressor import BasisCompressor
 from pikv.core.ports.selector import AttendedTokenSelector
 from pikv.core.query_window import QueryWindow
 from pikv.core.tables import ABSENT, PageTable, all_live, live_slots, pack_slots
@@ -35,6 +37,7 @@ class LayerCache:
     attended from; answer: what attention gave, until the layer is settled. newest_queries: the queries that the token
     selector looks at, if it does. split: int64 [sequences, kv_heads], the tokens that each row was given by scores,
     NEVER before that. attended: what the token selector remembers of the attention that tokens have got, if it does.
+    basis: that the sealed pages are written in, if their compressor has one.
     """
 
     layer_id: int
@@ -50,6 +53,7 @@ class LayerCache:
     split: Tensor
     newest_queries: QueryWindow | None = None
     attended: Attended | None = None
+    basis: Basis | None = None
     padded: bool = False
     asked: bool = False
     answer: Tensor | None = None
@@ -148,6 +152,20 @@ class LayerCache:
         drafted = min(self.queried.shape[1], self.page_size) - 1
         return self.last - self.config.window - max(0, drafted)
 
+    def fitted_basis(self) -> Basis | None:
+        """The basis to write new pages in, fitted to the tail where a sequence has no pages yet. Changes nothing."""
+        compressor = self.codec.compressor
+        if not isinstance(compressor, BasisCompressor):
+            return None
+        unwritten = (self.table.counts == 0).all(-1)
+        if self.basis is not None and not bool(unwritten.any()):
+            return self.basis
+        keys, values, positions = (
+            states[:, :, : self.tail.width] for states in (self.tail.keys, self.tail.values, self.tail.positions)
+        )
+        basis = compressor.fit(self.config, keys, values, positions != EMPTY)
+        return basis if self.basis is None else self.basis.replaced(unwritten, basis)
+
     def pages(self) -> Pages:
         """The sealed pages as kernels take them, those that are far fetched; made once after a change of the table."""
         if self._pages is None or self.pool.residency is not None:
@@ -169,6 +187,7 @@ class LayerCache:
             rows=rows.to(self.pool.device),
             live=live.to(self.pool.device),
             run=int(ordered[0]) if in_place and len(ordered) else None,
+            basis=self.basis,
         )
 
     def some_pages(self, choice: Choice) -> Pages:
@@ -179,7 +198,7 @@ class LayerCache:
             return attrs.evolve(self._pages_at(ids, choice.read(live)), run=None)
         everything, columns = self.pages(), choice.columns
         rows, live = everything.rows.gather(-1, columns), everything.live.gather(-1, columns)
-        return Pages(slab=everything.slab, rows=rows, live=choice.read(live), run=None)
+        return attrs.evolve(everything, rows=rows, live=choice.read(live), run=None)
 
     def indexed_pages(self) -> IndexedPages:
         """What the page selector keeps of the sealed pages, as kernels take it; made once after each change."""
@@ -268,11 +287,14 @@ class LayerCache:
         """Keys and values of the slots in this order, [sequences, kv_heads, tokens, dim]."""
         keys, values = (states[:, :, : self.tail.width] for states in (self.tail.keys, self.tail.values))
         if self.table.width:
-            sealed = self.codec.compressor.decode(self.codec.form, self._stored())
             old_keys, old_values = (
-                states.to(keys.dtype).unflatten(0, self.table.shape).flatten(2, 3) for states in sealed
+                states.unflatten(0, self.table.shape).flatten(2, 3)
+                for states in self.codec.compressor.decode(self.codec.form, self._stored())
             )
-            keys, values = torch.cat([old_keys, keys], dim=2), torch.cat([old_values, values], dim=2)
+            if self.basis is not None:
+                old_keys, old_values = self.basis.read(old_keys, old_values)
+            keys = torch.cat([old_keys.to(keys.dtype), keys], dim=2)
+            values = torch.cat([old_values.to(values.dtype), values], dim=2)
         places = order[..., None]
         return (
             keys.gather(2, places.expand(-1, -1, -1, keys.shape[-1])),
@@ -290,6 +312,8 @@ class LayerCache:
             states["newest_queries"] = self.newest_queries.select(index)
         if self.attended is not None:
             states["attended"] = self.attended.select(index)
+        if self.basis is not None:
+            states["basis"] = self.basis.select(index)
         tail, table = self.tail.select(index), self.table.select(index)
         self.pool.retain(table.held())  # last: what raises before it holds nothing
         return attrs.evolve(self, tail=tail, table=table, answer=None, pages=None, indexed_pages=None, **states)
@@ -306,11 +330,13 @@ class LayerCache:
         tail, table = Tail.joined([layer.tail for layer in layers]), PageTable.joined([layer.table for layer in layers])
         newest_queries = QueryWindow.joined(windows) if windows else None
         attended = Attended.completed([layer.attended for layer in layers], [layer.tail.positions for layer in layers])
+        bases = [basis for layer in layers if (basis := layer.fitted_basis()) is not None]
         layers[0].pool.retain(table.held())  # last: what raises before it holds nothing
         return attrs.evolve(
             layers[0],
             newest_queries=newest_queries,
             attended=Attended.joined(attended),
+            basis=Basis.joined(bases) if bases else None,
             tail=tail,
             table=table,
             queried=torch.empty(len(states["last"]), 0, dtype=torch.int64),

@@ -17,23 +17,26 @@ class StoredBytes:
 
     pages: the slab rows of its sealed pages, a page shared with another cache included. tail: keys, values and
     positions that are not sealed, unused room and what token selectors keep included (queries, attention). indexes: of
-    page selectors. tables: page tables, and the pool's entries for the pages.
+    page selectors. tables: page tables, and the pool's entries for the pages. bases: that pages are written in; one
+    that layers share counts once.
     """
 
     pages: int
     tail: int
     indexes: int
     tables: int
+    bases: int = 0
 
     @property
     def total(self) -> int:
         """All of it."""
-        return self.pages + self.tail + self.indexes + self.tables
+        return self.pages + self.tail + self.indexes + self.tables + self.bases
 
     @classmethod
     def of(cls, layers: Iterable[LayerCache]) -> StoredBytes:
         """What these layers hold."""
         pages = tables = tail = indexes = 0
+        bases: dict[int, int] = {}
         for layer in layers:
             held, pool, form = layer.table.held().unique(), layer.pool, layer.codec.form
             pages += len(held) * pool.slab(form).stride(0)
@@ -41,7 +44,9 @@ class StoredBytes:
             kept = (layer.tail, layer.newest_queries, layer.attended)
             tail += sum(part.nbytes for part in kept if part is not None)
             indexes += len(held) * pool.index_bytes_a_page(form)
-        return cls(pages=pages, tail=tail, indexes=indexes, tables=tables)
+            for columns in () if layer.basis is None else layer.basis.tensors:
+                bases[columns.data_ptr()] = columns.untyped_storage().nbytes()
+        return cls(pages=pages, tail=tail, indexes=indexes, tables=tables, bases=sum(bases.values()))
 
     def __str__(self) -> str:
         """One line, in MiB."""

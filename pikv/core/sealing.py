@@ -6,6 +6,7 @@ import attrs
 import torch
 from torch import Tensor
 
+from pikv.core.basis import Basis
 from pikv.core.layer import LayerCache
 from pikv.core.ports.backend import NewPages, SealKernel
 from pikv.core.tables import all_live, new_pages
@@ -16,13 +17,14 @@ class Sealed:
     """Pages that are ready to be stored, in the order of `new_pages(counts)`.
 
     counts: int64 [sequences, kv_heads]. pages: uint8 [n, stride]. newest: int64 [n], the position of each page's last
-    token. index: [n, *shape] for the page selector, None without one.
+    token. index: [n, *shape] for the page selector, None without one. basis: that they are written in, of the layer.
     """
 
     counts: Tensor
     pages: Tensor
     newest: Tensor
     index: Tensor | None
+    basis: Basis | None
 
 
 def encode(layer: LayerCache, kept: Tensor, counts: Tensor, seal: SealKernel) -> Sealed:
@@ -32,9 +34,10 @@ def encode(layer: LayerCache, kept: Tensor, counts: Tensor, seal: SealKernel) ->
     order = kept.logical_not().int().sort(dim=-1, stable=True).indices  # kept tokens first, oldest first
     slots = order[sequence[:, None], head[:, None], page[:, None] * form.page_size + torch.arange(form.page_size)]
     pages = tail.keys.new_zeros((len(page), form.stride), dtype=torch.uint8)  # zeros: padding is part of a checksum
-    index = seal(tail, NewPages(sequence=sequence, head=head, slots=slots), pages)
+    basis = layer.fitted_basis()
+    index = seal(tail, NewPages(sequence=sequence, head=head, slots=slots, basis=basis), pages)
     last = (place.to(tail.keys.device) for place in (sequence, head, slots[:, -1]))
-    return Sealed(counts, pages, tail.positions[tuple(last)].cpu().long(), index)
+    return Sealed(counts, pages, tail.positions[tuple(last)].cpu().long(), index, basis)
 
 
 def store(layer: LayerCache, sealed: Sealed) -> None:
@@ -48,7 +51,7 @@ def store(layer: LayerCache, sealed: Sealed) -> None:
     if sealed.index is not None:
         index = pool.index(form)
         index[ids.to(index.device).long()] = sealed.index
-    counts = sealed.counts
+    counts, layer.basis = sealed.counts, sealed.basis
     layer.add_pages(ids, sealed.newest, counts, live=all_live(layer.page_size))
     if tail.even and bool((counts == counts[0, 0]).all()):
         tail.drop_oldest(int(counts[0, 0]) * layer.page_size)

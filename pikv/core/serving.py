@@ -11,6 +11,7 @@ from pikv.core.config import ModelConfig, RuntimeConfig
 from pikv.core.errors import ConfigError
 from pikv.core.ports.backend import AttendKernel, Backend, ChooseKernel, PageCodec, SealKernel
 from pikv.core.reports import Description
+from pikv.core.turned import attend_kernel, seal_kernel
 
 _PARTS = (
     "compressor",
@@ -54,8 +55,8 @@ def serve(model: ModelConfig, runtime: RuntimeConfig) -> list[Served]:
 def _ask(model: ModelConfig, runtime: RuntimeConfig, codec: PageCodec, *, layer_id: int) -> Served:
     selector, device = runtime.page_selector, model.device
     steps: dict[str, Callable[[Backend], Any]] = {
-        "attend": lambda backend: backend.attend(codec, device),
-        "seal": lambda backend: backend.seal(codec, selector, device),
+        "attend": lambda backend: attend_kernel(backend, codec, device),
+        "seal": lambda backend: seal_kernel(backend, codec, selector, device),
     }
     if selector is not None:
         steps["choose"] = lambda backend: backend.choose(selector, codec, device)

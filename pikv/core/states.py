@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pikv.core.attended import Attended
+from pikv.core.basis import Basis
 from pikv.core.layer import LayerCache
 from pikv.core.query_window import QueryWindow
 from pikv.core.tables import PageTable
@@ -19,7 +20,7 @@ GIVEN = frozenset({"layer_id", "codec", "pool", "_pages", "_indexed_pages"})
 """The fields of a LayerCache that are not taken apart: what it is given, and what follows from the rest."""
 
 _PARTS: dict[str, type[attrs.AttrsInstance]] = {
-    part.__name__: part for part in (Tail, PageTable, QueryWindow, Attended)
+    part.__name__: part for part in (Tail, PageTable, QueryWindow, Attended, Basis)
 }
 _ON_DEVICE = (
     "tail.keys",
@@ -28,6 +29,8 @@ _ON_DEVICE = (
     "newest_queries.queries",
     "attended.positions",
     "attended.weights",
+    "basis.keys",
+    "basis.values",
     "answer",
 )
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pikv.core.attention import accumulator
+from pikv.core.basis import Basis
 from pikv.core.ports.backend import (
     AttendKernel,
     Backend,
@@ -100,8 +101,8 @@ class TorchSeal(SealKernel):
         return None if self.selector is None else index_pages(self.codec, self.selector, out)
 
 
-def index_pages(codec: PageCodec, selector: PageSelector, pages: Tensor) -> Tensor:
-    """What the selector keeps of pages uint8 [n, stride]: [n, *shape].
+def index_pages(codec: PageCodec, selector: PageSelector, pages: Tensor, basis: Basis | None = None) -> Tensor:
+    """What the selector keeps of pages uint8 [n, stride]: [n, *shape]. basis: of these pages.
 
     Of the keys as they decode: a bound on the keys before that would not hold for what is read.
     """
@@ -109,5 +110,8 @@ def index_pages(codec: PageCodec, selector: PageSelector, pages: Tensor) -> Tens
     index = torch.empty((len(pages), *form.shape), dtype=form.dtype, device=pages.device)
     for start in range(0, len(pages), PAGES_AT_ONCE):
         block = slice(start, start + PAGES_AT_ONCE)
-        selector.index(codec.compressor.decode(codec.form, pages[block])[0], index[block])
+        keys, values = codec.compressor.decode(codec.form, pages[block])
+        if basis is not None:
+            keys, _ = basis[block].read(keys, values)
+        selector.index(keys, index[block])
     return index

@@ -19,9 +19,10 @@ import attrs
 import torch
 from torch import Tensor
 
+from pikv.core.attention import attend
 from pikv.core.config import DTYPES, PAGE_SIZES, LayerConfig
 from pikv.core.forms import ALIGNMENT, PageForm
-from pikv.core.ports.compressor import Compressor
+from pikv.core.ports.compressor import BasisCompressor, Compressor
 
 Side = Literal["keys", "values"]
 
@@ -45,7 +46,10 @@ class Sample:
 
 
 class CompressorConformance:
-    """Inherit, and say what `make` makes and how far decoded entries may be from what was encoded."""
+    """Inherit, and say what `make` makes and how far decoded entries may be from what was encoded.
+
+    A BasisCompressor is given coordinates, as a cache does; see BasisConformance for the basis itself.
+    """
 
     def make(self) -> Compressor:
         """Make the compressor to test, with the same settings every time."""
@@ -68,11 +72,12 @@ class CompressorConformance:
 
     def samples(self, pages: int) -> Iterator[Sample]:
         """Pages of every layer, page size and dtype: normal entries, an outlier channel, constant runs, gaps."""
-        generator = torch.Generator().manual_seed(0)
-        for layer in self.layers():
+        generator, compressor = torch.Generator().manual_seed(0), self.make()
+        for given in self.layers():
+            layer = compressor.stored(given) if isinstance(compressor, BasisCompressor) else given
             for page_size in PAGE_SIZES:
                 for dtype in DTYPES:
-                    form = self.make().form(layer, page_size=page_size, dtype=dtype)
+                    form = compressor.form(given, page_size=page_size, dtype=dtype)
                     keys = torch.randn(pages, page_size, layer.key_dim, generator=generator)
                     values = torch.randn(pages, page_size, layer.value_dim, generator=generator)
                     keys[..., 0] *= 50  # an outlier channel
@@ -236,3 +241,69 @@ class CompressorConformance:
         for sample in self.samples(3):
             got = sample.form.view(self.encoded(sample), "positions")
             assert torch.equal(got, sample.positions), f"positions {sample.positions.tolist()} became {got.tolist()}"
+
+
+class BasisConformance(CompressorConformance):
+    """The same, and what the basis of a BasisCompressor must hold to."""
+
+    def make_with_basis(self) -> BasisCompressor:
+        """What `make` makes."""
+        compressor = self.make()
+        assert isinstance(compressor, BasisCompressor), f"{compressor} is no BasisCompressor"
+        return compressor
+
+    def tokens(self, layer: LayerConfig, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys and values [3 sequences, 2 kv_heads, count, dim], and which of them are held: none of the last."""
+        generator = torch.Generator().manual_seed(1)
+        keys = torch.randn(3, 2, count, layer.key_dim, generator=generator)
+        values = torch.randn(3, 2, count, layer.value_dim, generator=generator)
+        if layer.values == "key_prefix":
+            values = keys[..., : layer.value_dim]
+        held = torch.arange(count) < torch.tensor([count, count // 2, 0])[:, None]
+        return keys, values, held[:, None].expand(-1, 2, -1)
+
+    def test_columns_are_orthonormal(self) -> None:
+        """The maps have the dimensions of the layer and of what is stored of it; however many tokens there are."""
+        for layer in self.layers():
+            stored = self.make_with_basis().stored(layer)
+            dims = ((layer.key_dim, stored.key_dim), (layer.value_dim, stored.value_dim))
+            for count in (0, 1, 200):
+                basis = self.make_with_basis().fit(layer, *self.tokens(layer, count))
+                for columns, dim in zip(basis.tensors, dims, strict=False):
+                    assert columns.shape[-2:] == dim, f"columns are {list(columns.shape)}, of {dim}"
+                    assert columns.shape[:-2] in ((), (3, 2)), f"columns are {list(columns.shape)}"
+                    unit = torch.eye(dim[1]).expand(*columns.shape[:-2], -1, -1)
+                    torch.testing.assert_close(columns.mT @ columns, unit, atol=1e-4, rtol=0)
+
+    def test_fit_changes_nothing(self) -> None:
+        """Tokens are as before, and give the same basis again."""
+        for layer in self.layers():
+            given = self.tokens(layer, 100)
+            before = [states.clone() for states in given]
+            bases = [self.make_with_basis().fit(layer, *given) for _ in range(2)]
+            for old, new in zip(before, given, strict=True):
+                assert torch.equal(old, new), "fit changed what it was given"
+            for one, other in zip(*(basis.tensors for basis in bases), strict=True):
+                assert torch.equal(one, other), "fit twice gave different bases"
+
+    def test_a_basis_is_of_its_own_tokens(self) -> None:
+        """Neither what other sequences hold nor what lies in empty slots matters."""
+        for layer in self.layers():
+            keys, values, held = self.tokens(layer, 100)
+            alone = self.make_with_basis().fit(layer, keys[1:2, :, :50], values[1:2, :, :50], held[1:2, :, :50])
+            full = [states.masked_fill(~held[..., None], 1e4) for states in (keys, values)]
+            among = self.make_with_basis().fit(layer, *full, held).select(torch.tensor([1]))
+            for one, other in zip(alone.tensors, among.tensors, strict=True):
+                torch.testing.assert_close(one, other, atol=1e-4, rtol=0)
+
+    def test_attention_is_that_of_what_is_read_back(self) -> None:
+        """A query that enters and an output that leaves attend to keys and values as they are read back."""
+        for layer in self.layers():
+            keys, values, held = self.tokens(layer, 100)
+            basis = self.make_with_basis().fit(layer, keys, values, held)
+            query = torch.randn(3, 2, 4, layer.key_dim, generator=torch.Generator().manual_seed(2))
+            coordinates = basis.write(keys, values)
+            wanted = attend(query, *basis.read(*coordinates), scale=layer.scale)
+            got = attend(basis.enter(query), *coordinates, scale=layer.scale)
+            torch.testing.assert_close(basis.leave(got.output), wanted.output, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(got.log_sum_exp, wanted.log_sum_exp, atol=1e-4, rtol=1e-4)

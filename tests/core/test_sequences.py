@@ -331,7 +331,7 @@ def test_stored_bytes_are_those_of_the_storages():
     pair.both("reorder", [0, 0])
     assert pair.cache.stored_bytes().pages == stored.pages
     assert str(pikv.StoredBytes(pages=2**20, tail=2**19, indexes=0, tables=0)) == (
-        "1.50 MiB (pages 1.00, tail 0.50, indexes 0.00, tables 0.00)"
+        "1.50 MiB (pages 1.00, tail 0.50, indexes 0.00, tables 0.00, bases 0.00)"
     )
 
 

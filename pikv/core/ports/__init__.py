@@ -13,7 +13,7 @@ from pikv.core.ports.backend import (
     SealKernel,
     StepKernel,
 )
-from pikv.core.ports.compressor import Compressor, FormCompressor
+from pikv.core.ports.compressor import BasisCompressor, Compressor, FormCompressor
 from pikv.core.ports.demotion import Demotion, PagePredictor, PageUse
 from pikv.core.ports.full_pool import FullPool
 from pikv.core.ports.memory_tier import AddressableTier, Done, MemoryTier, Ticket
@@ -41,6 +41,7 @@ __all__ = [
     "AttendKernel",
     "AttendedTokenSelector",
     "Backend",
+    "BasisCompressor",
     "Choice",
     "ChooseKernel",
     "Compressor",

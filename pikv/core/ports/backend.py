@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from pikv.core.attention import Partial
+from pikv.core.basis import Basis
 from pikv.core.forms import PageForm
-from pikv.core.ports.compressor import Compressor
+from pikv.core.ports.compressor import BasisCompressor, Compressor
 from pikv.core.ports.selector import PageSelector
 
 if TYPE_CHECKING:
@@ -28,6 +29,12 @@ class PageCodec:
     form: PageForm
     dtype: torch.dtype = torch.float32
 
+    def coordinates(self) -> PageCodec | None:
+        """What a kernel is made for that works in the basis of the pages; None for pages without one."""
+        if not isinstance(self.compressor, BasisCompressor):
+            return None
+        return attrs.evolve(self, compressor=self.compressor.inner, layer=self.compressor.stored(self.layer))
+
 
 @attrs.frozen(kw_only=True)
 class Pages:
@@ -36,13 +43,15 @@ class Pages:
     slab: uint8 [rows, stride]. rows: int32 [sequences, kv_heads, pages], a row of the slab; live: int64 of the same
     shape, one bit a slot, 0 where a row of the table has fewer pages than the longest.
     run: the first of the slab rows if all pages are live and lie side by side in the order [pages, sequences,
-    kv_heads], else None.
+    kv_heads], else None. basis: of a BasisCompressor's pages; kernels of backends are given pages without one, and
+    queries that have entered it.
     """
 
     slab: Tensor
     rows: Tensor
     live: Tensor
     run: int | None
+    basis: Basis | None = None
 
 
 class AttendKernel(abc.ABC):
@@ -127,11 +136,15 @@ class ChooseKernel(abc.ABC):
 
 @attrs.frozen(kw_only=True)
 class NewPages:
-    """Which tail slots become pages: sequence, head int64 [n], and slots int64 [n, page_size], all on the CPU."""
+    """Which tail slots become pages: sequence, head int64 [n], and slots int64 [n, page_size], all on the CPU.
+
+    basis: as of `Pages`.
+    """
 
     sequence: Tensor
     head: Tensor
     slots: Tensor
+    basis: Basis | None = None
 
 
 class SealKernel(abc.ABC):

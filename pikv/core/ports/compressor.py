@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import abc
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, final
 
 import torch
 from torch import Tensor
 
+from pikv.core.basis import Basis
 from pikv.core.forms import PageForm
 
 if TYPE_CHECKING:
@@ -48,3 +49,45 @@ class FormCompressor(Compressor):
 
     Kernels may then write its pages as well as read them: fields one after another, what lies between them 0.
     """
+
+
+class BasisCompressor(Compressor):
+    """A compressor whose pages hold the coordinates of tokens in a Basis: rotated, or fewer of them.
+
+    Authors write `stored` and `fit`; pages are those of `inner`, which is given coordinates and knows no basis, so the
+    kernels that serve `inner` serve these pages too. The cache holds the basis with the sequence, and counts its bytes.
+    """
+
+    inner: Compressor
+    """Writes the coordinates."""
+
+    @abc.abstractmethod
+    def stored(self, layer: LayerConfig) -> LayerConfig:
+        """The layer whose tokens the coordinates could be: this one, with their key_dim and value_dim.
+
+        Raises ConfigError for a layer whose tokens cannot be written so.
+        """
+
+    @abc.abstractmethod
+    def fit(self, layer: LayerConfig, keys: Tensor, values: Tensor, held: Tensor) -> Basis:
+        """The basis for the pages of sequences that have none yet, from the tokens that they hold.
+
+        keys [sequences, kv_heads, tokens, key_dim], values [..., value_dim]. held: bool [sequences, kv_heads, tokens],
+        False where there is no token. A sequence may hold any number of them. The maps have memory of their own and no
+        more, since it is counted. Changes nothing.
+        """
+
+    @final
+    def form(self, layer: LayerConfig, *, page_size: int, dtype: torch.dtype) -> PageForm:
+        """The form of `inner`, of coordinates."""
+        return self.inner.form(self.stored(layer), page_size=page_size, dtype=dtype)
+
+    @final
+    def encode(self, form: PageForm, keys: Tensor, values: Tensor, positions: Tensor, out: Tensor) -> None:
+        """Write pages of coordinates."""
+        self.inner.encode(form, keys, values, positions, out)
+
+    @final
+    def decode(self, form: PageForm, pages: Tensor) -> tuple[Tensor, Tensor]:
+        """Coordinates of keys and values."""
+        return self.inner.decode(form, pages)
