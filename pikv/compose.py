@@ -8,7 +8,7 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from pikv.adapters.compressors import Int2, Int4, Int8, Rotated
+from pikv.adapters.compressors import Int2, Int4, Int8, LowRank, Rotated
 from pikv.core.cache import PiKVCache
 from pikv.core.config import ModelConfig, RuntimeConfig
 from pikv.core.errors import ConfigError, UnknownNameError
@@ -79,6 +79,7 @@ PARTS: dict[str, dict[str, Callable[..., Any]]] = {
         "int4_rotated": _rotated(Int4()),
         "int8": Int8,
         "int8_rotated": _rotated(Int8()),
+        "low_rank": LowRank,
     },
     "router": {
         "cache_aware": CacheAware,
@@ -108,7 +109,11 @@ PARTS: dict[str, dict[str, Callable[..., Any]]] = {
     },
     "when_full": {"evict_oldest": EvictOldest, "refuse": Refuse},
 }
-_PARTS_OF_PARTS = {"across": "allocator", "scored_by": "token_selector"}  # settings that are parts, and their kind
+_PARTS_OF_PARTS = {
+    "inner": "compressor",
+    "across": "allocator",
+    "scored_by": "token_selector",
+}  # settings that are parts, and their kind
 NUMBERS = ("budget_tokens", "page_size", "tail_tokens")
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pikv.core.basis import Basis
 from pikv.core.forms import ALIGNMENT, PageForm
 from pikv.core.pool import PagePool
 from pikv.core.ports import PageCodec, PageSelector
+from pikv.core.torch_backend import index_pages
 
 
 def record_bytes(pool: PagePool, form: PageForm) -> int:
@@ -39,10 +41,17 @@ def target(pool: PagePool, form: PageForm, ids: Tensor, stored_bytes: int) -> Te
     return torch.empty(len(ids), stored_bytes, dtype=torch.uint8)
 
 
-def put(pool: PagePool, codec: PageCodec, ids: Tensor, records: Tensor, selector: PageSelector | None) -> None:
+def put(
+    pool: PagePool,
+    codec: PageCodec,
+    ids: Tensor,
+    records: Tensor,
+    selector: PageSelector | None,
+    basis: Basis | None = None,
+) -> None:
     """Store the pages of records from `target`, and their index.
 
-    selector: makes the index anew; None takes it from the records, if there is one.
+    selector: makes the index anew; None takes it from the records, if there is one. basis: of these pages.
     """
     form, slab, index_bytes = codec.form, pool.slab(codec.form), pool.index_bytes_a_page(codec.form)
     rows = pool.rows(ids).to(slab.device).long()
@@ -55,6 +64,4 @@ def put(pool: PagePool, codec: PageCodec, ids: Tensor, records: Tensor, selector
         stored = records[:, form.stride : form.stride + index_bytes].contiguous()
         index[ids.to(slab.device).long()] = stored.view(index.dtype).view(len(ids), *index.shape[1:]).to(slab.device)
         return
-    made = torch.empty(len(ids), *index.shape[1:], dtype=index.dtype, device=slab.device)
-    selector.index(codec.compressor.decode(form, slab[rows])[0], made)
-    index[ids.to(slab.device).long()] = made
+    index[ids.to(slab.device).long()] = index_pages(codec, selector, slab[rows], basis)

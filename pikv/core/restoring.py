@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pikv.core import records
+from pikv.core.basis import Basis
 from pikv.core.checkpoint import AT_ONCE, streamer_of
 from pikv.core.components import check_same, composition
 from pikv.core.config import ModelConfig, RuntimeConfig
@@ -92,11 +93,13 @@ def _layer(source: Source, layer_id: int, facts: Mapping[str, Any], pool: PagePo
     )
     names = layer.table.ids  # as the store has them; they become ids of this pool
     held = names[names != ABSENT].unique()
-    ids = torch.empty(0, dtype=torch.int32)
+    ids, basis = torch.empty(0, dtype=torch.int32), None if layer.basis is None else _of_pages(layer.basis, names, held)
     try:
         for some in held.split(max(1, AT_ONCE // facts["record_bytes"])):
+            block = slice(len(ids), len(ids) + len(some))
             ids = torch.cat([ids, pool.allocate(codec.form, len(some))])
-            _read_pages(source, pool, codec, ids[len(ids) - len(some) :], some, facts["record_bytes"])
+            turned = None if basis is None else basis[block]
+            _read_pages(source, pool, codec, ids[block], some, facts["record_bytes"], turned)
         if pool.residency is not None:
             pool.residency.belong(ids, layer_id)
         pool.name(ids, held)
@@ -108,13 +111,28 @@ def _layer(source: Source, layer_id: int, facts: Mapping[str, Any], pool: PagePo
     return layer
 
 
+def _of_pages(basis: Basis, names: Tensor, held: Tensor) -> Basis:
+    """The basis of each of the held pages; a page that several sequences share was written in the same for all."""
+    sequence, head, page = torch.nonzero(names != ABSENT, as_tuple=True)
+    number = torch.searchsorted(held, names[sequence, head, page])
+    owner = torch.empty(2, len(held), dtype=torch.int64)
+    owner[:, number] = torch.stack([sequence, head])
+    return basis.of_pages(*owner)
+
+
 def _read_pages(
-    source: Source, pool: PagePool, codec: PageCodec, ids: Tensor, names: Tensor, record_bytes: int
+    source: Source,
+    pool: PagePool,
+    codec: PageCodec,
+    ids: Tensor,
+    names: Tensor,
+    record_bytes: int,
+    basis: Basis | None,
 ) -> None:
     with pool.locked():  # so that they stay near
         out = records.target(pool, codec.form, ids, record_bytes)
         source.read(names, out)
-        records.put(pool, codec, ids, out, source.reindex)
+        records.put(pool, codec, ids, out, source.reindex, basis)
 
 
 def _told(error: DamagedError, streamer: Streamer, version: Version | None) -> DamagedError:

@@ -12,10 +12,12 @@ from hypothesis import strategies as st
 from obstore.store import MemoryStore
 
 import pikv
-from pikv.adapters.compressors import Int4
+from pikv.adapters.compressors import Int4, LowRank, Rotated
 from pikv.adapters.zarr_store import ZarrStreamer
 from pikv.core import states
+from pikv.core.basis import Basis
 from pikv.core.components import described
+from pikv.core.exact import Exact
 from pikv.core.layer import LayerCache
 from pikv.core.query_window import QueryWindow
 from pikv.core.tables import PageTable
@@ -34,6 +36,8 @@ PARTS = {
     "plain": {},
     "quest": {"page_selector": Quest(pages=2, dense_layers=0)},
     "int4": {"compressor": Int4()},
+    "rotated": {"compressor": Rotated(Int4()), "page_selector": Quest(pages=2, dense_layers=0)},
+    "low rank": {"compressor": LowRank(rank=4)},
     "h2o": {"token_selector": HeavyHitters(recent=8), "allocator": Uniform(), "budget_tokens": 64},
     "snapkv": {"token_selector": SnapKV(window=4), "allocator": Uniform(), "budget_tokens": 64},
     "importance": {
@@ -242,16 +246,17 @@ def test_another_composition_is_refused(name, change):
             pikv.PiKVCache.restore(model, runtime, may_differ=[name])
 
 
-def test_another_page_selector_indexes_anew():
-    """It chooses as if it had been there from the start."""
+@pytest.mark.parametrize("compressor", [Exact(), Rotated(Int4()), LowRank(rank=6)], ids=repr)
+def test_another_page_selector_indexes_anew(compressor):
+    """It chooses as if it had been there from the start, by keys as they are read back."""
     store, generator = MemoryStore(), torch.Generator().manual_seed(4)
-    cache = filled(store)
+    cache = filled(store, batch=2, compressor=compressor)
     cache.commit()
     quest = {"page_selector": Quest(pages=2)}
     restored = pikv.PiKVCache.restore(
         MODEL, attrs.evolve(reopened(cache.runtime, store), **quest), may_differ=["page_selector"]
     )
-    check_goes_on_alike(filled(MemoryStore(), **quest), restored, generator, 200)
+    check_goes_on_alike(filled(MemoryStore(), batch=2, compressor=compressor, **quest), restored, generator, 200)
 
 
 def test_without_a_streamer_there_is_nothing_to_commit_to():
@@ -281,10 +286,20 @@ def test_components_are_described_by_name_and_fields():
 # --- everything is in the commit
 
 
-@pytest.mark.parametrize("kind", [LayerCache, Tail, PageTable, QueryWindow])
+@pytest.mark.parametrize("kind", [LayerCache, Tail, PageTable, QueryWindow, Basis])
 def test_every_field_is_committed(kind):
     """A field of a new type must be taught to pikv.core.states: it is a tensor, a part there, or what JSON can say."""
-    known = {"Tensor", "bool", "int", "Tensor | None", "Tail", "PageTable", "QueryWindow | None", "Attended | None"}
+    known = {
+        "Tensor",
+        "bool",
+        "int",
+        "Tensor | None",
+        "Tail",
+        "PageTable",
+        "QueryWindow | None",
+        "Attended | None",
+        "Basis | None",
+    }
     for field in attrs.fields(kind):
         if field.name not in states.GIVEN and field.init:
             assert str(field.type) in known, f"{kind.__name__}.{field.name}: {field.type}"

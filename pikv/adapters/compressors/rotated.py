@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from pikv.core.config import LayerConfig
 
 
-def _plain(instance: object, attribute: attrs.Attribute[Compressor], value: object) -> None:
+def check_plain(instance: object, attribute: attrs.Attribute[Compressor], value: object) -> None:
+    """A validator: a compressor without a basis."""
     if not isinstance(value, Compressor) or isinstance(value, BasisCompressor):
         raise ConfigError(f"inner must be a Compressor without a basis of its own, such as Int4(), got {value!r}")
 
@@ -34,7 +35,7 @@ class Rotated(BasisCompressor):
     all layers and sequences of a size.
     """
 
-    inner: Compressor = attrs.field(factory=Int4, validator=_plain)
+    inner: Compressor = attrs.field(factory=Int4, validator=check_plain)
 
     def stored(self, layer: LayerConfig) -> LayerConfig:
         """The same layer: no dimension changes."""
