@@ -1,5 +1,6 @@
 """Zarr arrays in a folder, in memory or in an object store."""
 
 from pikv.adapters.zarr_store.streamer import ZarrStreamer
+from pikv.adapters.zarr_store.tier import ZarrTier
 
-__all__ = ["ZarrStreamer"]
+__all__ = ["ZarrStreamer", "ZarrTier"]
