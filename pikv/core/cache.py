@@ -277,6 +277,14 @@ class PiKVCache:
         """
         return checkpoint.commit(self.model, self.runtime, self.pool, self._layers, self._prefilling)
 
+    @keeps_numbers
+    def stream(self) -> None:
+        """Begin to write the pages that are new since the last commit, so that the next one has less to do.
+
+        The pages are copied and written in the background; it waits only behind a backlog. Raises as `commit` does.
+        """
+        checkpoint.stream(self.runtime, self.pool, self._layers)
+
     @classmethod
     @keeps_numbers
     def restore(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from pikv.core.errors import ConfigError
 from pikv.core.forms import PageForm
 from pikv.core.layer import LayerCache
 from pikv.core.pool import PagePool
-from pikv.core.ports import Manifest, Streamer, Version
+from pikv.core.ports import Manifest, Streamer, Ticket, Version
 from pikv.core.states import taken_apart
 from pikv.core.tables import ABSENT
 
@@ -26,8 +27,20 @@ def commit(
     model: ModelConfig, runtime: RuntimeConfig, pool: PagePool, layers: Mapping[int, LayerCache], prefilling: bool
 ) -> Version:
     """See PiKVCache.commit."""
-    streamer = streamer_of(runtime)
-    _append_new_pages(streamer, pool, layers.values())
+    streamer, tickets = streamer_of(runtime), list[Ticket]()
+    try:
+        # Not copied: the pages are held by the layers, and nothing is being written when this returns.
+        tickets.extend(_appended(streamer, pool, layers.values(), lambda pages: pages))
+        return streamer.commit(_manifest(model, runtime, pool, layers, prefilling))
+    finally:
+        for ticket in tickets:
+            with contextlib.suppress(OSError):  # the commit has said it
+                ticket.wait()
+
+
+def _manifest(
+    model: ModelConfig, runtime: RuntimeConfig, pool: PagePool, layers: Mapping[int, LayerCache], prefilling: bool
+) -> Manifest:
     facts: dict[str, Any] = {"components": composition(model, runtime), "prefilling": prefilling, "layers": {}}
     states: dict[str, Tensor] = {}
     pages: dict[int, list[Tensor]] = {}
@@ -39,7 +52,13 @@ def commit(
         states |= tensors
         pages.setdefault(length, []).append(pool.names(layer.table.held().unique()))
     joined = {length: torch.cat(names) for length, names in pages.items()}
-    return streamer.commit(Manifest(facts=facts, states=states, pages=joined))
+    return Manifest(facts=facts, states=states, pages=joined)
+
+
+def stream(runtime: RuntimeConfig, pool: PagePool, layers: Mapping[int, LayerCache]) -> None:
+    """See PiKVCache.stream."""
+    with pool.locked():
+        list(_appended(streamer_of(runtime), pool, layers.values(), Tensor.clone))
 
 
 def streamer_of(runtime: RuntimeConfig) -> Streamer:
@@ -49,8 +68,16 @@ def streamer_of(runtime: RuntimeConfig) -> Streamer:
     return runtime.streamer
 
 
-def _append_new_pages(streamer: Streamer, pool: PagePool, layers: Iterable[LayerCache]) -> None:
-    """In the order of their slab rows, so that runs are long and pages that were sealed together stay together."""
+def _appended(
+    streamer: Streamer,
+    pool: PagePool,
+    layers: Iterable[LayerCache],
+    made_last: Callable[[Tensor], Tensor],
+) -> Iterator[Ticket]:
+    """Append new pages, in the order of their slab rows: pages that were sealed together stay together.
+
+    made_last: of records, until they are written: what lies in a slab lasts as long as its pages are held.
+    """
     held: dict[PageForm, list[Tensor]] = {}
     for layer in layers:
         held.setdefault(layer.codec.form, []).append(layer.table.held())
@@ -61,7 +88,7 @@ def _append_new_pages(streamer: Streamer, pool: PagePool, layers: Iterable[Layer
         names = pool.names(ids)
         new = torch.nonzero(~streamer.holds(names)).flatten()
         for some in new.split(max(1, AT_ONCE // records.record_bytes(pool, form))):
-            streamer.append(names[some], records.of_pages(pool, form, ids[some]))
+            yield streamer.append(names[some], made_last(records.of_pages(pool, form, ids[some])))
 
 
 def _names(pool: PagePool, layer: LayerCache) -> Tensor:

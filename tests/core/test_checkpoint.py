@@ -143,6 +143,26 @@ def test_only_new_pages_are_written(tmp_path):
     assert segment_bytes() == first + strides
 
 
+def test_pages_are_streamed_while_a_cache_decodes(tmp_path):
+    """What was streamed is not written again by the commit; it is right though its pages have been released since."""
+    cache, generator = filled(tmp_path), torch.Generator().manual_seed(6)
+    cache.stream()
+    for position in range(200, 232):
+        step([cache], generator, position, 1)
+        cache.stream()
+    fork = cache.fork()
+    cache.reset()
+    cache.update(0, 0, *random(generator, 1, 100, MODEL.layers[0])[:2])  # rows are used again
+    cache.finish_prefill()
+    cache.reset()
+    version = fork.commit()
+    held = {int(name) for layer in fork._layers.values() for name in fork.pool.names(layer.table.held()).tolist()}
+    manifest = fork.runtime.streamer.manifest(version)
+    assert {int(key) for keys in manifest.pages.values() for key in keys.tolist()} == held
+    fork.runtime.streamer.check(version)
+    check_goes_on_alike(fork, pikv.PiKVCache.restore(MODEL, reopened(fork.runtime, tmp_path)), generator, 232)
+
+
 def test_older_versions_are_restored_too():
     """And go on as they would have then."""
     store, generator = MemoryStore(), torch.Generator().manual_seed(2)
