@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from pikv.core import checkpoint, checks, layers, places, reading, restoring, routing, settling
-from pikv.core.budget import Budget
 from pikv.core.config import ModelConfig, RuntimeConfig
 from pikv.core.errors import ConfigError, InputError, StateError
-from pikv.core.layer import PADDING, LayerCache
+from pikv.core.layer import LayerCache
 from pikv.core.modes import keeps_numbers
 from pikv.core.page_reads import PageReads, ReadCounter
 from pikv.core.pool import PagePool
@@ -51,13 +50,7 @@ class PiKVCache:
         self._served = serve(model, self.runtime)
         for served in self._served:
             self.pool.check_serves(served.codec, self.runtime.page_selector)
-        self._settler = Settler(
-            model=model,
-            runtime=self.runtime,
-            pool=self.pool,
-            served=self._served,
-            budget=Budget.of(model, self.runtime),
-        )
+        self._settler = Settler.of(model, self.runtime, self.pool, self._served)
         self._layers: dict[int, LayerCache] = {}
         self._rehearsal = Rehearsal(selector=self.runtime.remembers, layers=self._layers)
         self._reads = ReadCounter(self.runtime.page_selector)
@@ -84,7 +77,8 @@ class PiKVCache:
         if self._layers:
             checks.same_batch(next(iter(self._layers.values())), k.shape[0], "k")
         held = self._layers.get(layer_id)
-        layer = self._empty_layer(layer_id, k) if held is None else held
+        codec = self._served[layer_id].codec
+        layer = LayerCache.empty(layer_id, codec, self.pool, k) if held is None else held
         checks.increasing(layer, positions)
         if k.shape[2] == 1 and not self._rehearsal.running:
             self.finish_prefill()
@@ -94,10 +88,6 @@ class PiKVCache:
             self._prefilling = True
         layer.append(k, v, positions, places.stored_here(self.runtime, positions))
         self._layers[layer_id] = layer
-
-    def _empty_layer(self, layer_id: int, k: Tensor) -> LayerCache:
-        served = self._served[layer_id]
-        return LayerCache.empty(layer_id, served.codec, self.pool, k)
 
     @keeps_numbers
     def attend(self, layer_id: int, q: Tensor) -> Tensor:
@@ -120,13 +110,8 @@ class PiKVCache:
         return output
 
     def _answer(self, layer: LayerCache, q: Tensor) -> Tensor:
-        grouped = q.reshape(q.shape[0], layer.config.kv_heads, layer.config.group, *q.shape[2:])
         served = self._served[layer.layer_id]
-        stored = reading.attend(layer, served, grouped, layer.asked_from(), self._reads, self._prefetcher)
-        partial = reading.with_sinks(layer, places.merged(self.runtime, stored))
-        output = partial.output.flatten(1, 2).to(q.dtype)
-        if layer.padded:
-            output = output.masked_fill((layer.queried == PADDING)[:, None, :, None].to(output.device), 0)
+        output = reading.answer(layer, served, q, self.runtime, self._reads, self._prefetcher)
         layer.ask(q, self._query_window, self._rehearsal.remembers(prefilling=self._prefilling))
         return output
 
@@ -305,9 +290,8 @@ class PiKVCache:
         tokens are lost and which version is undamaged, `newest_good`.
         """
         cache = cls(model, runtime, pool=pool)
-        restored = restoring.restore(model, runtime, cache.pool, cache._served, version, may_differ)
-        cache._layers.update(restored[0])
-        cache._prefilling = restored[1]
+        restored, cache._prefilling = restoring.restore(model, runtime, cache.pool, cache._served, version, may_differ)
+        cache._layers.update(restored)
         return cache
 
     # --- reports

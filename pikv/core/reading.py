@@ -8,9 +8,10 @@ import math
 import torch
 from torch import Tensor
 
-from pikv.core import attention, fused
+from pikv.core import attention, fused, places
 from pikv.core.attention import Partial
-from pikv.core.layer import LayerCache
+from pikv.core.config import RuntimeConfig
+from pikv.core.layer import PADDING, LayerCache
 from pikv.core.page_reads import ReadCounter, left_out
 from pikv.core.ports.backend import Choice, ChooseKernel, Pages, StepKernel
 from pikv.core.ports.selector import MassSelector, PageSelector
@@ -63,6 +64,27 @@ def _attend(
         folded = served.attend(query.flatten(2, 3), pages, oldest=_oldest(layer, positions))
         parts.append(_unfold(folded, query))
     return attention.merge(parts)
+
+
+def answer(
+    layer: LayerCache,
+    served: Served,
+    queries: Tensor,
+    runtime: RuntimeConfig,
+    reads: ReadCounter,
+    prefetcher: Prefetcher | None,
+) -> Tensor:
+    """Attention over what all places store: [sequences, query_heads, tokens, value_dim] in the queries' dtype.
+
+    queries: [sequences, query_heads, tokens, key_dim] of the last update's tokens; padding that stands nowhere gets 0.
+    """
+    grouped = queries.unflatten(1, (layer.config.kv_heads, layer.config.group))
+    stored = attend(layer, served, grouped, layer.asked_from(), reads, prefetcher)
+    partial = with_sinks(layer, places.merged(runtime, stored))
+    output = partial.output.flatten(1, 2).to(queries.dtype)
+    if layer.padded:
+        output = output.masked_fill((layer.queried == PADDING)[:, None, :, None].to(output.device), 0)
+    return output
 
 
 def with_sinks(layer: LayerCache, partial: Partial) -> Partial:

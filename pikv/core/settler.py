@@ -30,6 +30,11 @@ class Settler:
     served: list[Served]
     budget: Budget | None
 
+    @classmethod
+    def of(cls, model: ModelConfig, runtime: RuntimeConfig, pool: PagePool, served: list[Served]) -> Settler:
+        """With the runtime's budget, if it has one."""
+        return cls(model=model, runtime=runtime, pool=pool, served=served, budget=Budget.of(model, runtime))
+
     @property
     def evicts(self) -> bool:
         """Whether tokens may leave: by a budget, by a window, or because the pool is full."""
