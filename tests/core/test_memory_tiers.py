@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 import time
+import weakref
 
 import attrs
 import pytest
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 import pikv
+from pikv.core import worker
 from pikv.core.directory import Directory
 from pikv.core.errors import PageLostError, TierError, TierFullError, WaitTimeoutError
 from pikv.core.host_tier import HostTier
@@ -170,6 +172,17 @@ def test_a_worker_that_nobody_holds_ends():
     gc.collect()
     thread.join(timeout=60)
     assert not thread.is_alive()
+
+
+def test_workers_end_with_the_interpreter(monkeypatch):
+    """After what they were given: a thread that is cut off in the middle of a call would take the process down."""
+    monkeypatch.setattr(worker, "_OPEN", weakref.WeakSet())
+    left_open, seen = Worker(at_most=1), []
+    left_open.submit(lambda: seen.append(1))
+    worker._close_all()
+    assert seen == [1]
+    with pytest.raises(pikv.StateError, match="closed"):
+        left_open.submit(lambda: None)
 
 
 def test_a_worker_takes_something():

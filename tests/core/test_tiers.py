@@ -14,7 +14,6 @@ import pikv
 from pikv.adapters.file_store import FileTier
 from pikv.adapters.zarr_store import ZarrStreamer
 from pikv.core.host_tier import HostTier
-from pikv.core.modelled_tier import ModelledTier
 from pikv.core.ports import Demotion, PageUse
 from pikv.core.tier_stack import TierStack
 from pikv.policies import AsLastStep, AsThisLayer, EvictOldest, FurthestLayer, LeastOftenRead, LeastRecentlyRead, Quest
@@ -365,17 +364,6 @@ def test_far_pages_are_committed_and_restored():
         one, two, three = step([cache, plain, restored], generator, position, 1)
         check_same(one, two)
         check_same(one, three)
-
-
-def test_what_is_foreseen_is_hidden():
-    """A page that was asked for a layer ahead is waited for less long than its tier takes."""
-    slow = ModelledTier(host(), latency_s=0.003, bytes_per_s=1e9)
-    runtime = runtime_of(slow, predictor=AsThisLayer())
-    cache, generator = near(runtime, 26), torch.Generator().manual_seed(0)
-    prompt([cache], generator)
-    use = cache.pool.residency.stack.use[0]
-    assert use.busy_s > 0
-    assert use.waited_s <= use.busy_s * 1.5
 
 
 def test_more_is_decoded_than_fits_near():
