@@ -7,6 +7,7 @@ checks. Activate it first, as README.md shows. Sessions that need other packages
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import nox
@@ -51,6 +52,21 @@ def mpi(session: nox.Session) -> None:
 def properties(session: nox.Session) -> None:
     """The property tests, with many random examples each."""
     session.run("pytest", "-m", "property", *session.posargs, env=LONG)
+
+
+@nox.session(venv_backend="none")
+def gpu(session: nox.Session) -> None:
+    """The kernels' tests on this machine's GPU, then under compute-sanitizer, where that is installed."""
+    tests = ["tests/adapters/test_cupy_gpu.py", "tests/adapters/test_numba_cuda.py"]
+    on_gpu = {"NUMBA_ENABLE_CUDASIM": "0"}
+    session.run("python", "-c", "import cupy, torch; assert torch.cuda.is_available(), 'torch finds no GPU'")
+    session.run("pytest", *(session.posargs or [*tests, "tests/adapters/test_cuda_sources.py"]), env=on_gpu)
+    if shutil.which("compute-sanitizer") is None:
+        session.log("compute-sanitizer is missing: memory and barriers were not checked")
+        return
+    for tool in ("memcheck", "racecheck", "synccheck"):
+        checked = ["python", "-m", "pytest", "-m", "not slow", tests[0]]
+        session.run("compute-sanitizer", f"--tool={tool}", "--error-exitcode=1", *checked, external=True, env=on_gpu)
 
 
 @nox.session(venv_backend="none")

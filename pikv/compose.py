@@ -8,11 +8,14 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import torch
+
 from pikv.adapters.compressors import Int2, Int4, Int8, LowRank, Rotated
 from pikv.core.cache import PiKVCache
 from pikv.core.config import ModelConfig, RuntimeConfig
 from pikv.core.errors import ConfigError, UnknownNameError
 from pikv.core.exact import Exact, KeepAll, LeastRecentlyRead, Refuse
+from pikv.core.missing_backend import MissingBackend
 from pikv.core.pool import PagePool
 from pikv.core.ports import (
     Allocator,
@@ -57,6 +60,8 @@ from pikv.policies import (
     Tova,
     Uniform,
 )
+
+_CPU = torch.device("cpu")
 
 
 def _zarr(folder: str, *, keep_versions: int | None = None) -> Streamer:
@@ -117,13 +122,27 @@ _PARTS_OF_PARTS = {
 NUMBERS = ("budget_tokens", "page_size", "tail_tokens")
 
 
-def installed_backends() -> tuple[Backend, ...]:
-    """The backends that this installation has, the fastest first; torch, which serves everything, last."""
+def installed_backends(device: torch.device = _CPU) -> tuple[Backend, ...]:
+    """The backends that this installation has for a device, the fastest first; torch, which serves everything, last.
+
+    On a GPU without CuPy torch stands alone, beside a `MissingBackend` by which `describe()` says what is lacking.
+    """
+    if device.type == "cuda":
+        return (_cupy(), TorchBackend())
     if importlib.util.find_spec("numba") is None:
         return (TorchBackend(),)
     from pikv.adapters.numba_cpu import NumbaCpu  # here, so that `import pikv` does not import numba
 
     return (NumbaCpu(), TorchBackend())
+
+
+def _cupy() -> Backend:
+    if importlib.util.find_spec("cupy") is None:
+        remedy = "install pikv[cuda12] or pikv[cuda13], whichever the driver fits, for kernels that read encoded pages"
+        return MissingBackend(missing="cupy_gpu", remedy=remedy)
+    from pikv.adapters.cupy_gpu import CupyGpu  # here, so that `import pikv` does not import it
+
+    return CupyGpu()
 
 
 def compose(
@@ -170,7 +189,7 @@ def compose(
         tiers=tuple(tiers),
         demotion=LeastRecentlyRead() if demotion is None else demotion,
         predictor=predictor,
-        backends=installed_backends() if backends is None else tuple(backends),
+        backends=installed_backends(model.device) if backends is None else tuple(backends),
     )
     if near_bytes is not None:
         if pool is not None:
@@ -197,7 +216,7 @@ def runtime_from(names: Mapping[str, Any], model: ModelConfig, *, transport: Tra
         settings["sharding"] = settings.pop("shard_by")
     if "budget_tokens" in settings:
         settings.setdefault("allocator", Uniform())
-    return RuntimeConfig(transport=transport, backends=installed_backends(), **settings)
+    return RuntimeConfig(transport=transport, backends=installed_backends(model.device), **settings)
 
 
 def build(key: str, value: Any) -> Any:

@@ -9,6 +9,7 @@ import attrs
 
 from pikv.core.config import ModelConfig, RuntimeConfig
 from pikv.core.errors import ConfigError
+from pikv.core.missing_backend import MissingBackend
 from pikv.core.ports.backend import AttendKernel, Backend, ChooseKernel, PageCodec, SealKernel
 from pikv.core.reports import Description
 from pikv.core.turned import attend_kernel, seal_kernel
@@ -75,10 +76,12 @@ def _ask(model: ModelConfig, runtime: RuntimeConfig, codec: PageCodec, *, layer_
 
 
 def describe(runtime: RuntimeConfig, served: list[Served]) -> Description:
-    """The parts by name, and what serves each range of layers."""
+    """The parts by name, what is not installed, and what serves each range of layers."""
     parts = {"page_size": str(runtime.page_size), "tail_tokens": str(runtime.tail_tokens)}
     parts["budget_tokens"] = "all" if runtime.budget_tokens is None else str(runtime.budget_tokens)
     parts |= {name: repr(part) for name in _PARTS if (part := getattr(runtime, name)) is not None}
+    missing = [backend.name for backend in runtime.backends if isinstance(backend, MissingBackend)]
+    parts |= {"not installed": "; ".join(missing)} if missing else {}
     layers: dict[tuple[str, str], list[int]] = {}
     for layer_id, layer in enumerate(served):
         form = layer.codec.form

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
+import subprocess
+import sys
 from collections.abc import Iterable
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +17,7 @@ from hypothesis import strategies as st
 import pikv
 from pikv.adapters.compressors import Int2, Int4, Int8
 from pikv.adapters.cupy_gpu import CupyGpu
+from pikv.compose import installed_backends
 from pikv.core.exact import Exact
 from pikv.core.ports import Backend, IndexedPages, NewPages, PageCodec, PageIndex, Pages, PageSelector
 from pikv.core.tables import all_live
@@ -21,6 +26,7 @@ from pikv.core.torch_backend import TorchBackend
 from pikv.policies import KeyCodes, Quest
 from pikv.testing.backend import CPU, BackendConformance, codec, oracle
 from pikv.testing.cuda_on_host import HostRunner, compiler
+from pikv.testing.on_device import OnDevice
 from pikv.testing.page_kernels import PageKernelConformance
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="a C++ compiler is missing: g++ or clang++")
@@ -35,8 +41,11 @@ AFFINE = [
 ]
 
 
-def on_host() -> Backend:
-    return CupyGpu(runner=HostRunner())
+def under_test() -> Backend:
+    """The kernels, on a GPU if this machine has one, else compiled for the CPU."""
+    if torch.cuda.is_available():
+        return OnDevice(CupyGpu(), torch.device("cuda"))
+    return OnDevice(CupyGpu(runner=HostRunner()), CPU)
 
 
 class TestAffine(BackendConformance):
@@ -45,7 +54,7 @@ class TestAffine(BackendConformance):
     tolerance = 2e-3
 
     def make(self) -> Backend:
-        return on_host()
+        return under_test()
 
     def codecs(self) -> Iterable[PageCodec]:
         return AFFINE
@@ -64,7 +73,7 @@ class TestPages(PageKernelConformance):
     """The shipped suite for choosing and sealing."""
 
     def make(self) -> Backend:
-        return on_host()
+        return under_test()
 
     def codecs(self) -> Iterable[PageCodec]:
         yield codec(Exact(), value_dim=48, dtype=BFLOAT)
@@ -121,7 +130,7 @@ def cases(draw):
 def test_attention_equals_the_oracle(case):
     """Over types, subsets in any order, dead slots and pages, windows, outlier channels, and one part or several."""
     each, query, pages, oldest = case
-    got, wanted = on_host().attend(each, CPU)(query, pages, oldest=oldest), oracle(each, query, pages, oldest)
+    got, wanted = under_test().attend(each, CPU)(query, pages, oldest=oldest), oracle(each, query, pages, oldest)
     near = 2**-7 if each in DENSE else 2e-3
     keys, _ = each.compressor.decode(each.form, pages.slab)
     # A score is a sum as large as its terms allow; what is rounded in it moves a weight by as much.
@@ -142,7 +151,7 @@ def test_nothing_that_is_dead_is_read():
         live = torch.tensor([all_live(each.form.page_size), 0]).expand(1, 2, 2)
         query = torch.randn(1, 2, each.layer.group, each.layer.key_dim).to(each.dtype)
         pages, alone = (Pages(slab=slab, rows=rows[..., :n], live=live[..., :n], run=None) for n in (2, 1))
-        attend = on_host().attend(each, CPU)
+        attend = under_test().attend(each, CPU)
         assert torch.equal(attend(query, pages).output, attend(query, alone).output)
 
 
@@ -174,7 +183,7 @@ def test_codes_and_bounds_are_torchs_bit_for_bit(data):
     zero = torch.zeros(1, dtype=torch.int64)
     new = NewPages(sequence=zero, head=zero, slots=torch.randperm(tokens, generator=generator)[None])
     sealed = []
-    for backend in (TorchBackend(), on_host()):
+    for backend in (TorchBackend(), under_test()):
         out = torch.zeros(1, each.form.stride, dtype=torch.uint8)
         sealed.append((out, backend.seal(each, Quest(), CPU)(tail, new, out)))
     assert torch.equal(sealed[0][0], sealed[1][0])
@@ -199,7 +208,7 @@ def test_the_choice_has_the_scores_of_torchs(data):
     counts = torch.randint(1, width + 1, (2, kv_heads), generator=generator)
     ids = torch.randperm(count, generator=generator).int().view(2, kv_heads, width)
     pages = IndexedPages(index=index, ids=ids, counts=counts)
-    chosen = [backend.choose(selector, each, CPU)(query, pages) for backend in (TorchBackend(), on_host())]
+    chosen = [backend.choose(selector, each, CPU)(query, pages) for backend in (TorchBackend(), under_test())]
     present = torch.arange(width) < counts[..., None]
     scores = selector.score(PageIndex(arrays=index[ids], present=present, layer=each.layer), query)
     scores = scores.clamp(max=1e9).masked_fill(~present, -torch.inf)  # of infinite sums and others that are no numbers
@@ -211,7 +220,7 @@ def test_the_choice_has_the_scores_of_torchs(data):
 def test_numbers_beyond_float16_are_refused():
     """With the compressor's own words, and nothing is lost."""
     model = pikv.ModelConfig(layers=1, query_heads=2, kv_heads=1, head_dim=32)
-    cache = pikv.compose(model, compressor=Int8(), tail_tokens=1, backends=[on_host(), TorchBackend()])
+    cache = pikv.compose(model, compressor=Int8(), tail_tokens=1, backends=[under_test(), TorchBackend()])
     k, v = torch.randn(2, 1, 1, 100, 32)
     v[0, 0, 10, 3] = -1e6
     cache.update(0, 0, k, v)
@@ -224,7 +233,7 @@ def test_a_cache_decodes_by_these_kernels():
     """Sealed, chosen and attended to by them: what torch answers. `describe` says who serves."""
     model = pikv.ModelConfig(layers=1, query_heads=4, kv_heads=2, head_dim=32)
     parts = {"compressor": Int4(), "page_selector": Quest(pages=3, dense_layers=0), "tail_tokens": 16}
-    backends = ([TorchBackend()], [on_host(), TorchBackend()])
+    backends = ([TorchBackend()], [under_test(), TorchBackend()])
     caches = [pikv.compose(model, **parts, backends=each) for each in backends]
     generator = torch.Generator().manual_seed(0)
     k, v = torch.randn(2, 2, 2, 600, 32, generator=generator)
@@ -239,7 +248,7 @@ def test_a_cache_decodes_by_these_kernels():
 
 def test_what_it_has_no_kernel_for():
     """Another device, float32 as it is, dimensions of no whole fragments, an index of codes: None, and torch serves."""
-    backend, each = on_host(), DENSE[0]
+    backend, each = under_test(), DENSE[0]
     elsewhere = torch.device("meta")
     assert backend.attend(each, elsewhere) is None
     assert backend.choose(Quest(), each, elsewhere) is None
@@ -249,7 +258,28 @@ def test_what_it_has_no_kernel_for():
     assert backend.choose(KeyCodes(), each, CPU) is None
     assert backend.choose(Quest(), codec(Exact(), group=17), CPU) is None
     assert CupyGpu().attend(each, CPU) is None
+    assert CupyGpu(runner=HostRunner()).attend(each, elsewhere) is None
     layer = pikv.LayerConfig(query_heads=4, kv_heads=1, key_dim=96, value_dim=64, values="key_prefix")
     latent = PageCodec(compressor=Int8(), layer=layer, form=Int8().form(layer, page_size=16, dtype=HALF), dtype=HALF)
     assert backend.attend(latent, CPU) is None
     assert backend.seal(latent, None, CPU) is None
+
+
+def test_the_composer_asks_for_it_on_a_gpu():
+    """There it comes first, and torch after it; without CuPy the description says what is lacking, and torch serves."""
+    first, last = installed_backends(torch.device("cuda"))
+    assert first.name.startswith("cupy_gpu")
+    assert last == TorchBackend()
+    assert installed_backends()[-1] == TorchBackend()
+    model = pikv.ModelConfig(layers=1, query_heads=2, kv_heads=1, head_dim=32)
+    if importlib.util.find_spec("cupy") is None:
+        described = str(pikv.compose(model, backends=(first, last)).describe())
+        assert "cupy_gpu is missing: install pikv[cuda12]" in described
+
+
+@pytest.mark.slow
+def test_the_benchmark_can_be_rehearsed():
+    """Every contestant that a CPU can have runs once, so that a GPU's time is not lost to a typing error."""
+    script = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
+    done = subprocess.run([sys.executable, str(script), "--rehearse"], capture_output=True, text=True, check=True)
+    assert "12 contestants ran" in done.stdout

@@ -53,8 +53,8 @@ class CupyRunner(Runner):
     """Compiles by NVRTC at first use, which CuPy keeps on disk, and runs on torch's current stream."""
 
     def serves(self, device: torch.device) -> bool:
-        """A GPU, if CuPy is there."""
-        return device.type == "cuda"
+        """A GPU of compute capability 8.0 or higher: older ones have no bfloat16."""
+        return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
     def run(
         self, program: Program, kernel: str, blocks: Sequence[int], threads: int, arguments: Sequence[Argument]

@@ -50,7 +50,7 @@ def _composed(
     if not isinstance(runtime, RuntimeConfig | Mapping | None):
         raise ConfigError(f"runtime must be a RuntimeConfig or a mapping of names, got {runtime!r}")
     named = runtime if isinstance(runtime, RuntimeConfig) else runtime_from(runtime or {}, model)
-    chosen = installed_backends() if backends is None else tuple(backends)
+    chosen = installed_backends(model.device) if backends is None else tuple(backends)
     return attrs.evolve(named, backends=chosen)
 
 
