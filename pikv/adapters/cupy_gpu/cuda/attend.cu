@@ -11,15 +11,19 @@
 
 constexpr int WARPS = 4, QUERIES = 8 * TILES;
 constexpr int TOKENS = PAGE_SIZE < 32 ? PAGE_SIZE : 32, BLOCKS = PAGE_SIZE / TOKENS;
-constexpr int KEY_PART = KEY_BITS == F16 || KEY_BITS == BF16 ? (KEY_DIM > 128 ? KEY_DIM / 2 : KEY_DIM) : KEY_DIM;
-constexpr int KEY_PARTS = KEY_DIM / KEY_PART, SPANS = VALUE_DIM / 32;
-constexpr int VALUE_PART = VALUE_BITS == F16 || VALUE_BITS == BF16 ? (SPANS > 4 ? SPANS / 2 : SPANS) : SPANS;
-constexpr int VALUE_PARTS = SPANS / VALUE_PART;
+constexpr int SPANS = VALUE_DIM / 32;
 constexpr int WEIGHT_ROW = TOKENS + 8;  // f16 numbers from one query's weights to the next, so that banks differ
 constexpr float LN2 = 0.6931471805599453f, LOG2_E = 1.4426950408889634f;
 
+// A block's keys, and its values, are loaded at once if registers hold them beside the sums, else in 2 or 4 parts.
+constexpr int HELD = SPANS * TILES >= 8 ? 32 : 64;  // words of each
+constexpr int parts_of(int words) { return words <= HELD ? 1 : words <= 2 * HELD ? 2 : 4; }
+constexpr int KEY_PARTS = parts_of(Matrix<KEY_BITS, PAGE_SIZE, TOKENS, KEY_DIM>::HELD_WORDS);
+constexpr int KEY_PART = KEY_DIM / KEY_PARTS;
 typedef Matrix<KEY_BITS, PAGE_SIZE, TOKENS, KEY_PART> Keys;
 typedef Matrix<VALUE_BITS, VALUE_DIM, 32, TOKENS> Values;
+constexpr int VALUE_PARTS = parts_of(SPANS * Values::HELD_WORDS), VALUE_PART = SPANS / VALUE_PARTS;
+static_assert(VALUE_PART * VALUE_PARTS == SPANS && KEY_PART % 16 == 0, "whole parts");
 
 // What a warp keeps in shared memory. scales, zeros: of the block at hand, of keys then of values.
 struct alignas(16) WarpMemory {
@@ -127,9 +131,10 @@ __device__ __forceinline__ void start_scores(
         float sums[4] = {0.f, 0.f, 0.f, 0.f};
         if (Keys::CODES) {
 #pragma unroll
-            for (int step = 0; step < Keys::STEPS; step++) {
+            for (int step = 0; step < KEY_DIM / 16; step++) {
                 u32 zero[2];
-                in_order(zero, own.key_zeros + 4 * Keys::quad(step, lane & 3));
+                const int channel = step / Keys::STEPS * KEY_PART + 4 * Keys::quad(step % Keys::STEPS, lane & 3);
+                in_order(zero, own.key_zeros + channel);
                 const u32 a[4] = {zero[0], zero[0], zero[1], zero[1]};
                 add_product<KEY_BITS>(sums, a, queries[step][tile][lane]);
             }

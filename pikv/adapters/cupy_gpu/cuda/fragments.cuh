@@ -23,6 +23,7 @@ struct Matrix {
     static constexpr int SHARED_BY = CODES && WORDS < 4 ? 4 / WORDS : 1;  // lanes, of a word
     static constexpr int LOADS = CODES ? (SHARED_BY > 1 ? 1 : WORDS / 4) : DEPTH / 4;
     static constexpr int LOAD_WORDS = CODES ? WIDE : WIDE / 2;
+    static constexpr int HELD_WORDS = LOADS * LOAD_WORDS;
 
     u32 words[LOADS][LOAD_WORDS];
 
