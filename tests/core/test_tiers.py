@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import attrs
 import pytest
 import torch
@@ -208,6 +210,7 @@ class FarAndNear(RuleBasedStateMachine):
             check_holds_the_same(cache, plain)
             cache.reset()
         self.pairs.clear()
+        gc.collect()  # an error's traceback may hold a forgotten cache in a cycle
         self.pool.check_integrity()
         assert self.pool.used_bytes == 0
         assert self.pool.near_free_bytes == self.pool.capacity_bytes
