@@ -115,13 +115,13 @@ class Tail:
         kept = kept & (self.positions[..., :width] != EMPTY)
         self._set_lengths(kept.sum(-1).cpu())
         order = kept.logical_not().int().sort(dim=-1, stable=True).indices[..., : self.width]
+        sequences, kv_heads, room = self.positions.shape
+        first_slots = room * torch.arange(sequences * kv_heads, device=order.device).view(sequences, kv_heads, 1)
         for start in range(0, self.width, SLOTS_AT_ONCE):  # in place: a token never moves back, so none is overwritten
-            block = slice(start, start + SLOTS_AT_ONCE)
-            source = order[..., block, None]
-            for tensor in self._states:
-                tensor[:, :, start : start + source.shape[2]] = tensor.gather(
-                    2, source.expand(-1, -1, -1, tensor.shape[-1])
-                )
+            source = (order + first_slots)[..., start : start + SLOTS_AT_ONCE]
+            for tensor in self._states:  # whole tokens at once, which is several times faster than number by number
+                moved = tensor.flatten(0, 2).index_select(0, source.flatten())
+                tensor[:, :, start : start + source.shape[2]] = moved.view(*source.shape, -1)
         self._settle_positions(self.positions.gather(2, order), width)
 
     def drop_oldest(self, tokens: int) -> None:
