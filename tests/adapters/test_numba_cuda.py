@@ -25,8 +25,8 @@ numba_cuda = pytest.importorskip("pikv.adapters.numba_cuda", reason="numba is no
 if not numba_cuda.backend.SIMULATED and not torch.cuda.is_available():
     pytest.skip("a GPU is missing, and the simulator: NUMBA_ENABLE_CUDASIM is 0", allow_module_level=True)
 
-# A simulated thread is one of Python's, so shapes are as small as they can be.
-FEW = settings(max_examples=5, deadline=None)
+# A simulated thread is one of Python's, so shapes are as small as they can be, and examples fewer than elsewhere.
+FEW = settings(max_examples=max(1, settings.default.max_examples // 6))
 
 
 def under_test() -> Backend:
