@@ -1,0 +1,73 @@
+"""What a model reads and what it should write, as token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import attrs
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase
+
+IGNORED = -100  # the label that transformers leaves out of a loss
+
+
+@attrs.frozen
+class Item:
+    """A context, what is asked of it, the text to write, and all the answers that count as right."""
+
+    context: str
+    question: str
+    answer: str
+    accepted: tuple[str, ...]
+
+
+@attrs.frozen
+class Example:
+    """An item as token ids: what is read, and what should be written."""
+
+    prompt: list[int]
+    answer: list[int]
+    accepted: tuple[str, ...] = ()
+
+
+class Encoder:
+    """Turns items into examples of at most max_tokens. A context that is too long loses its end, never the question."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, max_tokens: int) -> None:
+        self._tokenizer, self._max_tokens = tokenizer, max_tokens
+        self._start: list[int] = tokenizer("").input_ids  # what the tokenizer puts before every text, mostly nothing
+
+    def __call__(self, item: Item) -> Example:
+        """The example of an item."""
+        question, answer = self._ids(item.question), self._ids(item.answer)
+        room = max(0, self._max_tokens - len(self._start) - len(question) - len(answer))
+        return Example([*self._start, *self._ids(item.context)[:room], *question], answer, item.accepted)
+
+    def windows(self, texts: Iterable[str]) -> list[Example]:
+        """Texts end to end, cut into max_tokens each; all but the first token is to be written. A rest is left out."""
+        ids = [token for text in texts for token in self._ids(text)]
+        size = self._max_tokens
+        return [
+            Example(ids[start : start + 1], ids[start + 1 : start + size])
+            for start in range(0, len(ids) - size + 1, size)
+        ]
+
+    def _ids(self, text: str) -> list[int]:
+        ids: list[int] = self._tokenizer(text, add_special_tokens=False).input_ids
+        return ids
+
+
+class Rows(Dataset[dict[str, Any]]):
+    """Examples as transformers' collators take them; only what is to be written has labels."""
+
+    def __init__(self, examples: Sequence[Example]) -> None:
+        self._examples = examples
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    def __getitem__(self, index: int) -> dict[str, list[int]]:
+        example = self._examples[index]
+        labels = [IGNORED] * len(example.prompt) + example.answer
+        return {"input_ids": example.prompt + example.answer, "labels": labels}

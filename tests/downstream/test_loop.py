@@ -1,0 +1,143 @@
+"""The training loop that the tasks share: in one process and in several, before and after a resume, with LoRA."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("peft", reason="peft is missing: pikv[tasks]")
+transformers = pytest.importorskip("transformers", reason="transformers is missing: pikv[tasks]")
+
+from downstream_tasks.shared.errors import TaskError  # noqa: E402  # after the skips
+from downstream_tasks.text_classification import train  # noqa: E402
+
+SCRIPT = Path(train.__file__)
+Line = Callable[..., list[str]]
+
+
+@pytest.fixture(scope="session")
+def line(small_model: Path, texts: Path) -> Line:
+    """The flags of a run of 6 steps, in the order of a command line."""
+
+    def flags(output: Path, *more: object) -> list[str]:
+        small: tuple[object, ...] = ("--model", small_model, "--data", texts, "--batch_size", 16, "--num_epochs", 2)
+        steps = ("--save_steps", 3, "--logging_steps", 1, "--warmup_steps", 2, "--learning_rate", 3e-3)
+        return [*map(str, (*small, *steps, "--max_tokens", 64, "--cache", "int8", "--output", output, *more))]
+
+    return flags
+
+
+@pytest.fixture(scope="session")
+def trained(line: Line, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output of one run in one process."""
+    output = tmp_path_factory.mktemp("trained")
+    train.main(line(output))
+    return output
+
+
+def logged(output: Path) -> list[dict[str, float]]:
+    """The rows of metrics.csv."""
+    with (output / "metrics.csv").open(newline="") as file:
+        return [{name: float(value or "nan") for name, value in row.items()} for row in csv.DictReader(file)]
+
+
+def column(output: Path, name: str) -> Sequence[float]:
+    return [row[name] for row in logged(output)]
+
+
+def test_a_run_leaves_a_model_logs_and_results(trained: Path) -> None:
+    """What was trained loads in transformers; losses are in CSV and TensorBoard; caches are compared in a table."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(trained / "model")
+    assert model.config.model_type == "mixtral"
+    assert column(trained, "step") == [1, 2, 3, 4, 5, 6]
+    assert list((trained / "tensorboard").iterdir())
+    written: dict[str, Any] = json.loads((trained / "results.json").read_text())
+    full, int8 = written["caches"]
+    assert (full["composition"], int8["composition"]) == ("exact", "int8")
+    assert int8["bytes_a_prompt"] < full["bytes_a_prompt"]
+    assert set(written["compared"]) == {
+        "model, full fine-tuning",
+        "majority class",
+        "bag of words, logistic regression",
+    }
+    assert "| `int8` |" in (trained / "results.md").read_text()
+    assert (trained / "results.svg").read_text().startswith("<?xml")
+
+
+def test_the_load_is_balanced_over_all_tokens(trained: Path) -> None:
+    """The logged balance is at least that of an even load, the experts that a token goes to."""
+    assert all(2 <= balance < 4 for balance in column(trained, "load_balance"))
+
+
+def test_a_resumed_run_has_the_same_losses(trained: Path, line: Line, tmp_path: Path) -> None:
+    """Steps 4 to 6 from the checkpoint of step 3, in a folder where later rows were written, are the very same."""
+    shutil.copytree(trained / "checkpoints", tmp_path / "checkpoints")
+    shutil.copy(trained / "metrics.csv", tmp_path / "metrics.csv")
+    train.main(line(tmp_path, "--resume", tmp_path / "checkpoints" / "checkpoint-3"))
+    assert logged(tmp_path) == logged(trained)
+
+
+def test_a_resumed_run_of_adapters_has_the_same_losses(line: Line, tmp_path: Path) -> None:
+    """So do adapters, which are read in peft's format."""
+    train.main(line(tmp_path, "--use_lora"))
+    whole = logged(tmp_path)
+    shutil.rmtree(tmp_path / "checkpoints" / "checkpoint-6")
+    train.main(line(tmp_path, "--use_lora", "--resume"))
+    assert logged(tmp_path) == whole
+
+
+def test_a_checkpoint_of_another_run_is_refused(trained: Path, line: Line, tmp_path: Path) -> None:
+    """The message names what differs, with both values."""
+    shutil.copytree(trained / "checkpoints", tmp_path / "checkpoints")
+    with pytest.raises(TaskError, match=r"seed was 0 and is 1; give the same flags, or start without --resume"):
+        train.main(line(tmp_path, "--resume", "--seed", 1))
+    with pytest.raises(TaskError, match=r"is of another model or run: model was 'MixtralForCausalLM'"):
+        train.main(line(tmp_path, "--resume", "--use_lora"))
+
+
+def test_resume_needs_a_checkpoint(line: Line, tmp_path: Path) -> None:
+    """A folder without one is an error that says so."""
+    with pytest.raises(TaskError, match=r"--resume found no checkpoint in .*; start without it"):
+        train.main(line(tmp_path, "--resume"))
+
+
+def test_parts_of_a_step_are_the_step(trained: Path, line: Line, tmp_path: Path) -> None:
+    """Gradients summed over two halves of a batch give the losses of the whole; the balance is of each half."""
+    train.main(line(tmp_path, "--gradient_accumulation", 2, "--load_balance", 0))
+    whole = tmp_path / "whole"
+    train.main(line(whole, "--load_balance", 0))
+    assert column(tmp_path, "loss") == pytest.approx(column(whole, "loss"), abs=1e-4)
+
+
+def test_adapters_are_a_tenth_and_merge(trained: Path, line: Line, tmp_path: Path, small_model: Path) -> None:
+    """LoRA trains attention and experts, is saved in peft's format, and the merged model is base and adapters."""
+    peft = pytest.importorskip("peft", reason="peft is missing: pikv[tasks]")
+    train.main(line(tmp_path, "--use_lora", "--rank", 1, "--alpha", 2))
+    written = json.loads((tmp_path / "results.json").read_text())
+    assert written["trained"] < written["parameters"] / 10
+    base = transformers.AutoModelForCausalLM.from_pretrained(small_model)
+    ids = torch.arange(4, 40)[None]
+    with torch.no_grad():
+        before = base(input_ids=ids).logits
+        adapted = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()(input_ids=ids).logits
+        merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model")(input_ids=ids).logits
+    assert torch.allclose(adapted, merged, atol=1e-4)
+    assert not torch.allclose(adapted, before, atol=1e-3)
+    names = set(peft.load_peft_weights(str(tmp_path / "adapter")))
+    assert any("experts" in name for name in names)
+    assert any("q_proj" in name for name in names)
+
+
+def test_two_processes_are_one(trained: Path, line: Line, tmp_path: Path, start: Any) -> None:
+    """Under torchrun the same global batch has the same losses and balance within 1e-4."""
+    done = start(SCRIPT, *line(tmp_path, "--model_type", "distributed"), processes=2)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for name in ("loss", "load_balance"):
+        assert column(tmp_path, name) == pytest.approx(column(trained, name), abs=1e-4)
