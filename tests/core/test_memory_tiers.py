@@ -332,3 +332,14 @@ def test_the_suite_finds_pages_that_have_no_address():
 
     with pytest.raises(AssertionError, match="is no AddressableTier"):
         Suite().test_pages_are_read_in_place()
+
+
+def test_workers_are_closed_when_the_interpreter_ends(monkeypatch):
+    """What was submitted is done first: a thread that is cut off in the middle of a call would crash the process."""
+    open_worker, done = Worker(at_most=4), []
+    monkeypatch.setattr(worker, "_OPEN", weakref.WeakSet([open_worker]))
+    open_worker.submit(lambda: (time.sleep(0.05), done.append(1)))
+    worker._close_all()
+    assert done == [1]
+    with pytest.raises(pikv.StateError, match="closed"):
+        open_worker.submit(print)
