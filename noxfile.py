@@ -85,10 +85,11 @@ def bench(session: nox.Session) -> None:
 def full(session: nox.Session) -> None:
     """What is too long for every change: slow tests, and property tests with many examples.
 
-    Then the other sessions of the long set, `transformers_oldest` and `transformers_newest`.
+    Then the other sessions of the long set, `tasks`, `transformers_oldest` and `transformers_newest`.
     """
     session.install("-c", "constraints.txt", "-e", ".[all,dev]")
     session.run("pytest", "-m", "(slow or property) and not peers", *session.posargs, env=LONG)
+    session.notify("tasks")
     session.notify("transformers_oldest")
     session.notify("transformers_newest")
 
@@ -114,6 +115,27 @@ def with_transformers(session: nox.Session, version: str) -> None:
     session.install("-c", str(constraints), "-e", ".[numba,transformers,dev]")
     tests = ["tests/adapters/transformers", "tests/testing/test_cache_conformance.py"]
     session.run("pytest", "-m", "not mpi and not peers", *(session.posargs or tests))
+
+
+@nox.session
+def tasks(session: nox.Session) -> None:
+    """The commands that README.md has under Tasks, in short form, in an environment of their own."""
+    session.install("-c", "constraints.txt", "-e", ".[tasks]")
+    short = [
+        "--train_samples",
+        "64",
+        "--eval_samples",
+        "16",
+        "--num_epochs",
+        "1",
+        "--max_tokens",
+        "128",
+        "--cache",
+        "int8",
+    ]
+    section = Path("README.md").read_text().split("### Tasks")[1].split("```bash\n")[1].split("```")[0]
+    for line in section.strip().splitlines():
+        session.run(*line.replace("/tmp", session.create_tmp()).split(), *short)
 
 
 @nox.session

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import attrs
@@ -43,15 +43,6 @@ class Encoder:
         question, answer = self._ids(item.question), self._ids(item.answer)
         room = max(0, self._max_tokens - len(self._start) - len(question) - len(answer))
         return Example([*self._start, *self._ids(item.context)[:room], *question], answer, item.accepted)
-
-    def windows(self, texts: Iterable[str]) -> list[Example]:
-        """Texts end to end, cut into max_tokens each; all but the first token is to be written. A rest is left out."""
-        ids = [token for text in texts for token in self._ids(text)]
-        size = self._max_tokens
-        return [
-            Example(ids[start : start + 1], ids[start + 1 : start + size])
-            for start in range(0, len(ids) - size + 1, size)
-        ]
 
     def _ids(self, text: str) -> list[int]:
         ids: list[int] = self._tokenizer(text, add_special_tokens=False).input_ids

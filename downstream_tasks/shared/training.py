@@ -21,7 +21,6 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.integrations import TensorBoardCallback
-from transformers.trainer_utils import get_last_checkpoint
 
 from downstream_tasks.shared import models
 from downstream_tasks.shared.balance import load_balance
@@ -174,9 +173,7 @@ def resumed(folder: Path, asked: str | None, described: Mapping[str, Any]) -> st
     """The checkpoint to go on from, or None. Raises TaskError if there is none, or it is of another model or run."""
     if asked is None:
         return None
-    checkpoint = (
-        Path(asked) if asked != NEWEST else Path(get_last_checkpoint(str(folder)) or "") if folder.is_dir() else None
-    )
+    checkpoint = _newest(folder) if asked == NEWEST else Path(asked)
     if checkpoint is None or not (checkpoint / "trainer_state.json").is_file():
         raise TaskError(
             f"--resume found no checkpoint {'in ' + str(folder) if asked == NEWEST else asked}; start without it"
@@ -194,3 +191,9 @@ def resumed(folder: Path, asked: str | None, described: Mapping[str, Any]) -> st
             f"{checkpoint} is of another model or run: {said}; give the same flags, or start without --resume"
         )
     return str(checkpoint)
+
+
+def _newest(folder: Path) -> Path | None:
+    """The newest checkpoint that was written to its end, which trainer_state.json marks; None if there is none."""
+    complete = [state.parent for state in folder.glob("checkpoint-*/trainer_state.json")]
+    return max(complete, key=lambda checkpoint: int(checkpoint.name.split("-")[1]), default=None)

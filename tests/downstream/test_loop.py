@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -141,3 +147,60 @@ def test_two_processes_are_one(trained: Path, line: Line, tmp_path: Path, start:
     assert done.returncode == 0, done.stderr[-2000:]
     for name in ("loss", "load_balance"):
         assert column(tmp_path, name) == pytest.approx(column(trained, name), abs=1e-4)
+
+
+@pytest.mark.slow
+def test_four_processes_are_one(trained: Path, line: Line, tmp_path: Path, start: Any) -> None:
+    """So it is with four, and with adapters in four."""
+    done = start(SCRIPT, *line(tmp_path, "--model_type", "distributed"), processes=4)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert column(tmp_path, "loss") == pytest.approx(column(trained, "loss"), abs=1e-4)
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    train.main(line(alone, "--use_lora"))
+    done = start(SCRIPT, *line(together, "--use_lora", "--model_type", "distributed"), processes=4)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert column(together, "loss") == pytest.approx(column(alone, "loss"), abs=1e-4)
+
+
+def killed(output: Path, command: list[str], others: list[subprocess.Popen[str]]) -> None:
+    """Kill the newest of the processes once a checkpoint is written."""
+    while not (output / "checkpoints" / "checkpoint-3" / "trainer_state.json").is_file():
+        assert others[-1].poll() is None, command
+        time.sleep(0.01)
+    others[-1].send_signal(signal.SIGKILL)
+    others[-1].wait()
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_with_the_same_losses(line: Line, tmp_path: Path) -> None:
+    """SIGKILL after a checkpoint, then --resume: all losses are those of a run that went through."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    train.main(line(whole, "--num_epochs", 60))
+    command = [sys.executable, str(SCRIPT), *line(cut, "--num_epochs", 60)]
+    killed(cut, command, [subprocess.Popen(command, text=True, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)])
+    train.main(line(cut, "--num_epochs", 60, "--resume"))
+    assert logged(cut) == logged(whole)
+
+
+@pytest.mark.slow
+def test_a_worker_that_dies_is_named(line: Line, tmp_path: Path) -> None:
+    """The other one, started by the four variables, ends with what to do, not with a traceback alone."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    command = [sys.executable, str(SCRIPT), *line(tmp_path, "--model_type", "distributed", "--num_epochs", 400)]
+    meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    workers = [
+        subprocess.Popen(
+            command,
+            text=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            env={**os.environ, **meeting, "RANK": str(rank)},
+        )
+        for rank in range(2)
+    ]
+    killed(tmp_path, command, workers)
+    _, said = workers[0].communicate(timeout=120)
+    workers[1].communicate()
+    assert workers[0].returncode == 2, said[-2000:]
+    assert "rank 0: another of the 2 processes died or hangs" in said
