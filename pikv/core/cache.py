@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
-from pikv.core import checkpoint, checks, layers, places, reading, restoring, routing, settling
+from pikv.core import checkpoint, checks, layers, places, reading, restoring, routing, settling, showing
 from pikv.core.config import ModelConfig, RuntimeConfig
 from pikv.core.errors import ConfigError, InputError, StateError
 from pikv.core.layer import LayerCache
@@ -112,7 +112,7 @@ class PiKVCache:
     def _answer(self, layer: LayerCache, q: Tensor) -> Tensor:
         served = self._served[layer.layer_id]
         output = reading.answer(layer, served, q, self.runtime, self._reads, self._prefetcher)
-        layer.ask(q, self._query_window, self._rehearsal.remembers(prefilling=self._prefilling))
+        showing.ask(layer, q, self._query_window, self._rehearsal.remembers(prefilling=self._prefilling))
         return output
 
     @keeps_numbers
@@ -129,14 +129,14 @@ class PiKVCache:
 
     def retrieve(self, layer_id: int) -> ContextKV:
         """The stored tokens of a layer, decoded, oldest first: for an attention of the caller's own."""
-        return self._read_layer(layer_id).context()
+        return showing.context(self._read_layer(layer_id))
 
     def view(self, layer_id: int) -> TokenView:
         """What policies are shown of a layer: its tokens, and the newest queries if any part looks at them.
 
         For calibrations. It shares memory with the cache, and is for reading, until the next call that changes it.
         """
-        return self._read_layer(layer_id).view()[0]
+        return showing.view(self._read_layer(layer_id))[0]
 
     @keeps_numbers
     def finish_prefill(self) -> None:
@@ -189,7 +189,7 @@ class PiKVCache:
     def fork(self) -> PiKVCache:
         """A second cache that goes on from here: sealed pages are shared, tails are copied."""
         other, everyone = PiKVCache(self.model, self.runtime, pool=self.pool), torch.arange(self.sequences)
-        copies = {i: functools.partial(layer.select, everyone) for i, layer in self._layers.items()}
+        copies = {i: functools.partial(layers.select, layer, everyone) for i, layer in self._layers.items()}
         layers.replace(other._layers, copies)
         other._prefilling = self._prefilling
         return other
@@ -209,7 +209,9 @@ class PiKVCache:
         if not len(index):
             self.reset()
             return
-        layers.replace(self._layers, {i: functools.partial(layer.select, index) for i, layer in self._layers.items()})
+        layers.replace(
+            self._layers, {i: functools.partial(layers.select, layer, index) for i, layer in self._layers.items()}
+        )
 
     @keeps_numbers
     def join(self, other: PiKVCache) -> None:
@@ -229,7 +231,7 @@ class PiKVCache:
         for cache, unsettled in pending:
             cache._settler.finish(unsettled, prefilling=cache._prefilling)
         parts = {i: [*([self._layers[i]] if self._layers else []), theirs] for i, theirs in other._layers.items()}
-        layers.replace(self._layers, {i: functools.partial(LayerCache.joined, part) for i, part in parts.items()})
+        layers.replace(self._layers, {i: functools.partial(layers.joined, part) for i, part in parts.items()})
         self._prefilling = self._prefilling or other._prefilling
 
     @keeps_numbers

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-from typing import Any
-
 import attrs
 import torch
 import torch.nn.functional as F
@@ -16,11 +13,9 @@ from pikv.core.config import LayerConfig
 from pikv.core.pool import PagePool
 from pikv.core.ports.backend import Choice, IndexedPages, PageCodec, Pages
 from pikv.core.ports.compressor import BasisCompressor
-from pikv.core.ports.selector import AttendedTokenSelector
 from pikv.core.query_window import QueryWindow
-from pikv.core.tables import ABSENT, PageTable, all_live, live_slots, pack_slots
+from pikv.core.tables import ABSENT, PageTable, all_live, pack_slots
 from pikv.core.tail import EMPTY, Tail
-from pikv.core.views import ContextKV, TokenView
 
 NEVER = -1
 PADDING = -1
@@ -120,24 +115,6 @@ class LayerCache:
         self.last = torch.maximum(self.last, newest)
         self.seen = self.seen + (stored >= 0).sum(-1)
 
-    def ask(self, queries: Tensor, window: int | None, remembers: AttendedTokenSelector | None) -> None:
-        """Note that the last update's queries [sequences, query_heads, tokens, key_dim] attend, once for each update.
-
-        window: how many of the newest queries the token selector looks at; None if it does not. remembers: who folds
-        the attention that they give into what it remembers, if anybody does.
-        """
-        if self.asked:
-            return
-        if remembers is not None:
-            view = attrs.evolve(self.view()[0], queries=queries, asked=self.queried)
-            before = self.attended or Attended.none(view.positions)
-            view = attrs.evolve(view, attended=before.at(view.positions))
-            self.attended = Attended.of(view.positions, remembers.fold(view))
-        if window is not None:
-            newest = self.newest_queries or QueryWindow.empty(queries, window)
-            self.newest_queries = newest.followed_by(queries, self.queried)
-        self.asked = True
-
     def asked_from(self) -> Tensor:
         """Where the last update's queries stand, padding that stands somewhere included: int64 [sequences, tokens]."""
         return torch.where(self.queried < PADDING, -2 - self.queried, self.queried) if self.padded else self.queried
@@ -232,20 +209,6 @@ class LayerCache:
     def _changed_pages(self) -> None:
         self._pages = self._indexed_pages = None
 
-    def slot_positions(self) -> Tensor:
-        """The positions of the pages' slots, int32 [sequences, kv_heads, pages, page_size], on the CPU."""
-        form = self.codec.form
-        if self.pool.residency is None:
-            pages = self.pages()
-            return form.view(pages.slab, "positions")[pages.rows.long()].cpu()
-        positions: Tensor = form.view(self._stored(), "positions").unflatten(0, self.table.shape)
-        return positions.cpu()
-
-    def _stored(self) -> Tensor:
-        """The bytes of all pages, near and far, row after row: uint8 [n, stride]; of absent ones any page's."""
-        ids = self.table.ids[..., : self.table.width].flatten()
-        return self.pool.bytes_of(self.codec.form, torch.where(ids == ABSENT, ids.max(), ids))
-
     def occupied(self) -> Tensor:
         """The tokens that each row takes room for, int64 [sequences, kv_heads]: a page counts whole."""
         return self.table.counts * self.page_size + self.tail.lengths
@@ -253,100 +216,6 @@ class LayerCache:
     def needs(self) -> list[int]:
         """The tokens that each sequence has seen, or takes room for if that is more."""
         return [max(seen, *rows) for seen, rows in zip(self.seen.tolist(), self.occupied().tolist(), strict=True)]
-
-    def slots(self) -> Tensor:
-        """The position in every slot, int32 [sequences, kv_heads, slots]: the pages', then the tail's; or EMPTY."""
-        tail = self.tail.positions[..., : self.tail.width]
-        if not self.table.width:
-            return tail
-        live = live_slots(self.table.live[..., : self.table.width], self.page_size)
-        sealed = self.slot_positions().masked_fill(~live, EMPTY).flatten(2).to(tail.device)
-        return torch.cat([sealed, tail], dim=-1)
-
-    def view(self) -> tuple[TokenView, Tensor]:
-        """The tokens as a policy sees them, and the slot of each: int64 [sequences, kv_heads, tokens].
-
-        Each row's tokens stand from index 0 on; past a row's last one positions are EMPTY.
-        """
-        slots, window, attended = self.slots(), self.newest_queries, self.attended
-        held = slots != EMPTY
-        order = held.logical_not().int().sort(dim=-1, stable=True).indices[..., : int(held.sum(-1).amax())]
-        positions = slots.gather(-1, order)
-        view = TokenView(
-            layer_id=self.layer_id,
-            layer=self.config,
-            positions=positions,
-            attended=None if attended is None else attended.at(positions),
-            queries=None if window is None else window.queries,
-            asked=None if window is None else window.positions,
-            decode=functools.partial(self._decode, order),
-        )
-        return view, order
-
-    def _decode(self, order: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of the slots in this order, [sequences, kv_heads, tokens, dim]."""
-        keys, values = (states[:, :, : self.tail.width] for states in (self.tail.keys, self.tail.values))
-        if self.table.width:
-            old_keys, old_values = (
-                states.unflatten(0, self.table.shape).flatten(2, 3)
-                for states in self.codec.compressor.decode(self.codec.form, self._stored())
-            )
-            if self.basis is not None:
-                old_keys, old_values = self.basis.read(old_keys, old_values)
-            keys = torch.cat([old_keys.to(keys.dtype), keys], dim=2)
-            values = torch.cat([old_values.to(values.dtype), values], dim=2)
-        places = order[..., None]
-        return (
-            keys.gather(2, places.expand(-1, -1, -1, keys.shape[-1])),
-            values.gather(2, places.expand(-1, -1, -1, values.shape[-1])),
-        )
-
-    def context(self) -> ContextKV:
-        """All tokens, decoded, each row's from index 0 on."""
-        return ContextKV.of(self.view()[0])
-
-    def select(self, index: Tensor) -> LayerCache:
-        """A layer of the sequences at index int64 [n]; it holds their pages too."""
-        states: dict[str, Any] = {name: getattr(self, name)[index] for name in _BY_SEQUENCE}
-        if self.newest_queries is not None:
-            states["newest_queries"] = self.newest_queries.select(index)
-        if self.attended is not None:
-            states["attended"] = self.attended.select(index)
-        if self.basis is not None:
-            states["basis"] = self.basis.select(index)
-        tail, table = self.tail.select(index), self.table.select(index)
-        self.pool.retain(table.held())  # last: what raises before it holds nothing
-        return attrs.evolve(self, tail=tail, table=table, answer=None, pages=None, indexed_pages=None, **states)
-
-    @classmethod
-    def joined(cls, layers: list[LayerCache]) -> LayerCache:
-        """A layer of the sequences of several, which must be settled; it holds their pages too."""
-        states: dict[str, Any] = {
-            name: torch.cat([getattr(layer, name) for layer in layers]) for name in _BY_SEQUENCE - {"queried"}
-        }
-        windows = QueryWindow.completed(
-            [layer.newest_queries for layer in layers], [len(layer.last) for layer in layers]
-        )
-        tail, table = Tail.joined([layer.tail for layer in layers]), PageTable.joined([layer.table for layer in layers])
-        newest_queries = QueryWindow.joined(windows) if windows else None
-        attended = Attended.completed([layer.attended for layer in layers], [layer.tail.positions for layer in layers])
-        bases = [basis for layer in layers if (basis := layer.fitted_basis()) is not None]
-        layers[0].pool.retain(table.held())  # last: what raises before it holds nothing
-        return attrs.evolve(
-            layers[0],
-            newest_queries=newest_queries,
-            attended=Attended.joined(attended),
-            basis=Basis.joined(bases) if bases else None,
-            tail=tail,
-            table=table,
-            queried=torch.empty(len(states["last"]), 0, dtype=torch.int64),
-            asked=all(layer.asked for layer in layers),
-            padded=False,
-            answer=None,
-            pages=None,
-            indexed_pages=None,
-            **states,
-        )
 
     def release(self) -> None:
         """Let go of all pages."""
@@ -357,6 +226,3 @@ def _padded(positions: Tensor) -> bool:
     if positions.shape[1] == 1:  # a decoded token: a list is searched sooner than two tensors are made
         return any(position < 0 for (position,) in positions.tolist())
     return bool((positions < 0).any())
-
-
-_BY_SEQUENCE = {"first", "last", "seen", "forgotten", "queried", "split"}

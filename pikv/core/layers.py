@@ -1,10 +1,22 @@
-"""The layers of a cache together: given up, and replaced, all or none."""
+"""The layers of a cache: given up and replaced, all or none; and layers of other sequences made of them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
+import attrs
+import torch
+from torch import Tensor
+
+from pikv.core.attended import Attended
+from pikv.core.basis import Basis
 from pikv.core.layer import LayerCache
+from pikv.core.query_window import QueryWindow
+from pikv.core.tables import PageTable
+from pikv.core.tail import Tail
+
+_BY_SEQUENCE = {"first", "last", "seen", "forgotten", "queried", "split"}
 
 
 def release(layers: dict[int, LayerCache]) -> None:
@@ -30,3 +42,45 @@ def replace(layers: dict[int, LayerCache], makers: Mapping[int, Callable[[], Lay
         raise
     release(layers)
     layers.update(made)
+
+
+def select(layer: LayerCache, index: Tensor) -> LayerCache:
+    """A layer of the sequences at index int64 [n]; it holds their pages too."""
+    states: dict[str, Any] = {name: getattr(layer, name)[index] for name in _BY_SEQUENCE}
+    if layer.newest_queries is not None:
+        states["newest_queries"] = layer.newest_queries.select(index)
+    if layer.attended is not None:
+        states["attended"] = layer.attended.select(index)
+    if layer.basis is not None:
+        states["basis"] = layer.basis.select(index)
+    tail, table = layer.tail.select(index), layer.table.select(index)
+    layer.pool.retain(table.held())  # last: what raises before it holds nothing
+    return attrs.evolve(layer, tail=tail, table=table, answer=None, pages=None, indexed_pages=None, **states)
+
+
+def joined(layers: list[LayerCache]) -> LayerCache:
+    """A layer of the sequences of several, which must be settled; it holds their pages too."""
+    states: dict[str, Any] = {
+        name: torch.cat([getattr(layer, name) for layer in layers]) for name in _BY_SEQUENCE - {"queried"}
+    }
+    windows = QueryWindow.completed([layer.newest_queries for layer in layers], [len(layer.last) for layer in layers])
+    tail, table = Tail.joined([layer.tail for layer in layers]), PageTable.joined([layer.table for layer in layers])
+    newest_queries = QueryWindow.joined(windows) if windows else None
+    attended = Attended.completed([layer.attended for layer in layers], [layer.tail.positions for layer in layers])
+    bases = [basis for layer in layers if (basis := layer.fitted_basis()) is not None]
+    layers[0].pool.retain(table.held())  # last: what raises before it holds nothing
+    return attrs.evolve(
+        layers[0],
+        newest_queries=newest_queries,
+        attended=Attended.joined(attended),
+        basis=Basis.joined(bases) if bases else None,
+        tail=tail,
+        table=table,
+        queried=torch.empty(len(states["last"]), 0, dtype=torch.int64),
+        asked=all(layer.asked for layer in layers),
+        padded=False,
+        answer=None,
+        pages=None,
+        indexed_pages=None,
+        **states,
+    )

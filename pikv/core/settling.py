@@ -10,7 +10,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from pikv.core import sealing
+from pikv.core import sealing, showing
 from pikv.core.budget import Share
 from pikv.core.errors import PoolFullError, StateError
 from pikv.core.eviction import Candidates, choose
@@ -146,8 +146,8 @@ def _slide(decision: Decision) -> None:
 
 def _evict(decision: Decision, selector: TokenSelector, share: Share, split_by: TokenSelector | None) -> None:
     """Leave out what scores lowest until each row is within its budget."""
-    layer, positions = decision.layer, decision.layer.slots()
-    view, order = layer.view()
+    layer, positions = decision.layer, showing.slots(decision.layer)
+    view, order = showing.view(layer)
     scores = _scores(layer, view, selector)
     stays = torch.cat([decision.pages.repeat_interleave(layer.page_size, dim=-1), decision.tail], dim=-1)
     present = (positions != EMPTY) & stays.to(positions.device)
@@ -203,13 +203,13 @@ def _forget(layer: LayerCache) -> None:
     if bound is not None:
         layer.forgotten = torch.maximum(layer.forgotten, bound)
         if layer.table.width:
-            layer.clear_slots(layer.slot_positions() > bound[:, None, None, None])
+            layer.clear_slots(showing.slot_positions(layer) > bound[:, None, None, None])
 
 
 def crop(layer: LayerCache, end: Tensor) -> None:
     """Forget every token at a position >= end, int64 [sequences]."""
     if layer.table.width:
-        layer.clear_slots(layer.slot_positions() < end[:, None, None, None])
+        layer.clear_slots(showing.slot_positions(layer) < end[:, None, None, None])
         layer.keep_pages(layer.table.live[..., : layer.table.width] != 0)
     stored = layer.tail.positions[..., : layer.tail.width]
     layer.tail.keep(stored < end[:, None, None].to(stored.device))
