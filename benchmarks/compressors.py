@@ -17,8 +17,8 @@ from typing import Any
 import attrs
 import numpy as np
 import torch
-from recall import ROOT, SEED, Mixtral, batches, generate_data  # recall.py finds the scripts that these come from
-from shared import tables
+from shared import small_model, tables
+from shared.small_model import SEED, Mixtral, generate_data
 from torch import Tensor
 from tqdm import tqdm
 
@@ -49,33 +49,21 @@ class Result:
 
 def answer(model: Mixtral, cache: pikv.PiKVCache, batch: list[generate_data.Sample], chunk: int) -> Result:
     """Read the contexts, seal, then ask token by token."""
-    ids = torch.from_numpy(np.stack([generate_data.token_ids(sample.text) for sample in batch])).long()
-    start = batch[0].question_start
-    for first in range(0, start, chunk):
-        model.step(ids[:, first : min(first + chunk, start)], first, cache)
+    ids = small_model.ids_of(batch)
+    small_model.read(model, cache, ids[:, : batch[0].question_start], chunk)
     cache.finish_prefill()
     stored = cache.stored_bytes()
-    best = torch.full_like(ids, -1)  # best[:, i]: the most likely token at place i
-    for place in range(start, ids.shape[1] - 1):
-        best[:, place + 1] = model.step(ids[:, place : place + 1], place, cache).argmax(-1)
-    right = torch.stack([(best[:, span] == ids[:, span]).all(1) for span in batch[0].answers], dim=1)
+    right = small_model.answers(model, cache, ids, batch[0])
     return Result(right, (stored.pages + stored.bases) / len(batch), stored.total / len(batch))
 
 
 def measure(model: Mixtral, name: str, pairs: int, arguments: argparse.Namespace) -> Result:
     """One format on all texts."""
-    config = model.config
-    shape = pikv.ModelConfig(
-        layers=config.layers,
-        query_heads=config.query_heads,
-        kv_heads=config.kv_heads,
-        head_dim=config.head_dim,
-        rotary=config.rotary,
-    )
+    shape = small_model.shape_of(model)
     runtime = pikv.runtime_from({"compressor": FORMATS[name], "tail_tokens": TAIL_TOKENS}, shape)
     results = [
         answer(model, pikv.PiKVCache(shape, runtime), batch, arguments.chunk)
-        for batch in batches(arguments.length, pairs, arguments.samples, arguments.batch)
+        for batch in small_model.batches(arguments.length, pairs, arguments.samples, arguments.batch)
     ]
     right = torch.cat([result.right for result in results])
     return Result(right, results[0].page_bytes, results[0].total_bytes)
@@ -103,7 +91,7 @@ def rows(results: dict[int, dict[str, Result]]) -> Iterator[list[object]]:
 def main() -> None:
     """Measure every format and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=ROOT / "downstream_tasks" / "models" / "tiny_moe")
+    parser.add_argument("--model", type=Path, default=small_model.MODEL)
     parser.add_argument("--output", type=Path, help="a Markdown file; the terminal alone by default")
     parser.add_argument("--length", type=int, default=2048, help="characters of the text")
     parser.add_argument("--pairs", type=int, nargs="*", default=[8, 32])

@@ -17,26 +17,20 @@ import argparse
 import csv
 import fnmatch
 import itertools
-import sys
 from pathlib import Path
 from typing import Any
 
 import attrs
 import numpy as np
 import torch
-from shared import figures, tables
+from shared import figures, small_model, tables
+from shared.small_model import Half, Mixtral, generate_data
 from torch import Tensor
 from tqdm import tqdm
 
-ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "downstream_tasks" / "llm" / "next_tok_pred")]  # they are scripts
-
-import generate_data  # noqa: E402  # found through the line above
-from mixtral import Mixtral  # noqa: E402  # likewise
-
-import pikv  # noqa: E402  # kept with the others
-from pikv.core.ports.transport import Solo  # noqa: E402  # likewise
-from pikv.policies import DuoAttention  # noqa: E402  # likewise
+import pikv
+from pikv.core.ports.transport import Solo
+from pikv.policies import DuoAttention
 
 LINE = len("@Qxy\n")
 TEXT_TOKENS = 160  # how far a text goes on
@@ -94,8 +88,7 @@ class Task:
         samples = [
             generate_data.recall_sample(text, rng, length=arguments.length, pairs=pairs) for _ in range(questions)
         ]
-        ids = np.stack([generate_data.token_ids(sample.text) for sample in samples])
-        return cls(torch.from_numpy(ids).long(), samples[0].question_start, samples[0].answers)
+        return cls(small_model.ids_of(samples), samples[0].question_start, samples[0].answers)
 
     @classmethod
     def text(cls, arguments: argparse.Namespace) -> Task:
@@ -116,21 +109,6 @@ class Task:
 
 
 @attrs.frozen
-class Half:
-    """A cache of float16 for a model that computes in float32."""
-
-    cache: pikv.PiKVCache
-
-    def update(self, layer_id: int, token_id: int, k: Tensor, v: Tensor) -> None:
-        """Store."""
-        self.cache.update(layer_id, token_id, k.half(), v.half())
-
-    def attend(self, layer_id: int, q: Tensor) -> Tensor:
-        """Read."""
-        return self.cache.attend(layer_id, q.half()).float()
-
-
-@attrs.frozen
 class Bench:
     """The model, the shape of its cache, the command line, and budgets that have been found."""
 
@@ -143,16 +121,7 @@ class Bench:
     def of(cls, arguments: argparse.Namespace) -> Bench:
         """Read the model."""
         model = Mixtral(arguments.model, Solo())
-        config = model.config
-        shape = pikv.ModelConfig(
-            layers=config.layers,
-            query_heads=config.query_heads,
-            kv_heads=config.kv_heads,
-            head_dim=config.head_dim,
-            rotary=config.rotary,
-            dtype=torch.float16,
-        )
-        return cls(model, shape, arguments)
+        return cls(model, small_model.shape_of(model, torch.float16), arguments)
 
     @property
     def full_bytes(self) -> int:
@@ -170,8 +139,7 @@ class Bench:
 
     def read(self, cache: pikv.PiKVCache, ids: Tensor) -> None:
         """A prompt, in chunks."""
-        for first in range(0, ids.shape[1], self.arguments.chunk):
-            self.model.step(ids[:, first : first + self.arguments.chunk], first, Half(cache))
+        small_model.read(self.model, Half(cache), ids, self.arguments.chunk)
         cache.finish_prefill()
 
     def calibrated(self, heads: int) -> DuoAttention:
@@ -306,7 +274,7 @@ def wanted(bench: Bench, done: list[Row]) -> list[tuple[str, float, dict[str, An
 def main() -> None:
     """Measure what is missing, and write the table and the figure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=ROOT / "downstream_tasks" / "models" / "tiny_moe")
+    parser.add_argument("--model", type=Path, default=small_model.MODEL)
     parser.add_argument("--csv", type=Path, help="rows that are done, kept after each")
     parser.add_argument("--output", type=Path, help="a Markdown file; the terminal alone by default")
     parser.add_argument("--figure", type=Path)

@@ -11,15 +11,13 @@ trained or tuned on.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 
 import attrs
 import numpy as np
-import recall
 import torch
-from mixtral import Mixtral
-from shared import figures, tables
+from shared import figures, small_model, tables
+from shared.small_model import SEED, Half, Mixtral, generate_data
 from torch import Tensor
 from tqdm import tqdm
 
@@ -60,21 +58,6 @@ def compositions() -> list[Composition]:
     return found
 
 
-@attrs.frozen
-class HalfCache:
-    """A cache that stores float16, for a model that computes in float32."""
-
-    cache: pikv.PiKVCache
-
-    def update(self, layer_id: int, token_id: int, k: Tensor, v: Tensor) -> None:
-        """See PiKVCache.update."""
-        self.cache.update(layer_id, token_id, k.half(), v.half())
-
-    def attend(self, layer_id: int, q: Tensor) -> Tensor:
-        """See PiKVCache.attend."""
-        return self.cache.attend(layer_id, q.half()).float()
-
-
 @attrs.define
 class Result:
     """Of one composition: what was recalled in each text, and for each batch of texts what was read."""
@@ -105,42 +88,29 @@ def filled(shape: pikv.ModelConfig, states: list[pikv.ContextKV], composition: C
     return cache
 
 
-def answer(model: Mixtral, cache: pikv.PiKVCache, ids: Tensor, start: int, answers: Sequence[slice]) -> list[float]:
-    """Ask token by token from `start` on; the share of values recalled in each text of a batch."""
-    best = torch.full_like(ids, -1)  # best[:, i]: the most likely token at place i
-    for place in range(start, ids.shape[1] - 1):
-        best[:, place + 1] = model.step(ids[:, place : place + 1], place, HalfCache(cache)).argmax(-1)
-    right = torch.stack([(best[:, span] == ids[:, span]).all(1) for span in answers])
-    return right.double().mean(0).tolist()
+def answered(model: Mixtral, cache: pikv.PiKVCache, ids: Tensor, sample: generate_data.Sample) -> list[float]:
+    """The share of values recalled in each text of a batch."""
+    return small_model.answers(model, Half(cache), ids, sample).double().mean(1).tolist()
 
 
 def measure(model: Mixtral, pairs: int, samples: int, arguments: argparse.Namespace) -> list[Result]:
     """All compositions on so many texts with so many pairs."""
-    config, chosen = model.config, compositions()
-    shape = pikv.ModelConfig(
-        layers=config.layers,
-        query_heads=config.query_heads,
-        kv_heads=config.kv_heads,
-        head_dim=config.head_dim,
-        dtype=torch.float16,
-    )
+    shape, chosen = small_model.shape_of(model, torch.float16), compositions()
     results = [Result() for _ in chosen]
-    batches = list(recall.batches(arguments.length, pairs, samples, arguments.batch))
+    batches = list(small_model.batches(arguments.length, pairs, samples, arguments.batch))
     progress = tqdm(total=len(batches) * len(chosen), desc=f"{pairs} pairs")
     for batch in batches:
-        ids = torch.from_numpy(np.stack([recall.generate_data.token_ids(sample.text) for sample in batch])).long()
-        start, prompt = batch[0].question_start, pikv.PiKVCache(shape)
-        for first in range(0, start, arguments.chunk):
-            model.step(ids[:, first : min(first + arguments.chunk, start)], first, HalfCache(prompt))
-        states = [prompt.retrieve(layer_id) for layer_id in range(config.layers)]
+        ids, prompt = small_model.ids_of(batch), pikv.PiKVCache(shape)
+        small_model.read(model, Half(prompt), ids[:, : batch[0].question_start], arguments.chunk)
+        states = [prompt.retrieve(layer_id) for layer_id in range(len(shape.layers))]
         for composition, result in zip(chosen, results, strict=True):
             progress.set_postfix_str(f"{composition.family} {composition.setting}")
             cache = filled(shape, states, composition)
             if composition.selector is None:
-                result.recalled += answer(model, cache, ids, start, batch[0].answers)
+                result.recalled += answered(model, cache, ids, batch[0])
             else:
                 with cache.auditing_reads():
-                    result.recalled += answer(model, cache, ids, start, batch[0].answers)
+                    result.recalled += answered(model, cache, ids, batch[0])
                 result.reads.append(cache.page_reads())
             progress.update()
     progress.close()
@@ -192,7 +162,7 @@ COLUMNS = (
 def table(by_pairs: dict[int, list[Result]], arguments: argparse.Namespace) -> str:
     """A Markdown table for each number of pairs."""
     heading = (
-        f"Pairs hidden in {arguments.length} characters (seed {recall.SEED}); keys and values in float16, a tail of "
+        f"Pairs hidden in {arguments.length} characters (seed {SEED}); keys and values in float16, a tail of "
         f"{TAIL_TOKENS} tokens and what fills no page beside the pages. Differences to "
         "reading everything are on the same texts, with 95 % bootstrap intervals. Bytes read are of each question "
         "token, as shares of the bytes of all pages. Left out: the share of attention to pages that were not read, the "
@@ -219,7 +189,7 @@ def figure(by_pairs: dict[int, list[Result]], output: Path) -> None:
 def main() -> None:
     """Measure every composition, write the table and draw the plot."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=recall.ROOT / "downstream_tasks" / "models" / "tiny_moe")
+    parser.add_argument("--model", type=Path, default=small_model.MODEL)
     parser.add_argument("--output", type=Path, help="a Markdown file; the terminal alone by default")
     parser.add_argument("--figure", type=Path, help="a plot; none by default")
     parser.add_argument("--length", type=int, default=2048, help="characters of the text")

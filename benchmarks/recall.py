@@ -11,38 +11,22 @@ PiKV was tuned on them.
 from __future__ import annotations
 
 import argparse
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import attrs
 import numpy as np
 import torch
-from shared import tables
+from shared import small_model, tables
+from shared.small_model import SEED, Mixtral, generate_data
 from torch import Tensor
 from tqdm import tqdm
 
-ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "downstream_tasks" / "llm" / "next_tok_pred")]  # they are scripts
+import pikv
+from pikv.core.ports import AttendKernel, Backend, ChooseKernel, PageCodec, Pages, PageSelector, SealKernel
+from pikv.core.ports.transport import Solo
+from pikv.core.torch_backend import TorchBackend
 
-import generate_data  # noqa: E402  # found through the line above
-from mixtral import Mixtral  # noqa: E402  # likewise
-
-import pikv  # noqa: E402  # kept with the others
-from pikv.core.ports import (  # noqa: E402  # likewise
-    AttendKernel,
-    Backend,
-    ChooseKernel,
-    PageCodec,
-    Pages,
-    PageSelector,
-    SealKernel,
-)
-from pikv.core.ports.transport import Solo  # noqa: E402
-from pikv.core.torch_backend import TorchBackend  # noqa: E402
-
-SEED = 77
 SELECTED = {"tail_tokens": 32, "page_size": 16, "allocator": "uniform"}
 COMPOSITIONS: dict[str, dict[str, Any]] = {
     "exact": {},
@@ -120,28 +104,15 @@ class Result:
     read_a_token: float
 
 
-def batches(length: int, pairs: int, samples: int, batch: int) -> Iterator[list[generate_data.Sample]]:
-    """Samples of held-out text, a batch at a time; all have the same length."""
-    text = generate_data.standard_library(held_out=True)
-    rng = np.random.default_rng(SEED)
-    for _ in range(0, samples, batch):
-        yield [generate_data.recall_sample(text, rng, length=length, pairs=pairs) for _ in range(batch)]
-
-
 def answer(
     model: Mixtral, cache: pikv.PiKVCache, batch: list[generate_data.Sample], chunk: int, reads: Reads
 ) -> Result:
     """Read the contexts, cut the cache, then ask token by token."""
-    ids = torch.from_numpy(np.stack([generate_data.token_ids(sample.text) for sample in batch])).long()
-    start = batch[0].question_start
-    for first in range(0, start, chunk):
-        model.step(ids[:, first : min(first + chunk, start)], first, cache)
+    ids, start = small_model.ids_of(batch), batch[0].question_start
+    small_model.read(model, cache, ids[:, :start], chunk)
     cache.finish_prefill()
     stored, reads.nbytes = cache.stored_bytes().total, 0
-    best = torch.full_like(ids, -1)  # best[:, i]: the most likely token at place i
-    for place in range(start, ids.shape[1] - 1):
-        best[:, place + 1] = model.step(ids[:, place : place + 1], place, cache).argmax(-1)
-    right = torch.stack([(best[:, span] == ids[:, span]).all(1) for span in batch[0].answers])
+    right = small_model.answers(model, cache, ids, batch[0])
     return Result(
         recalled=float(right.double().mean()),
         stored=stored / len(batch),
@@ -151,15 +122,12 @@ def answer(
 
 def measure(model: Mixtral, names: dict[str, Any], arguments: argparse.Namespace) -> Result:
     """One composition on all samples."""
-    config = model.config
-    shape = pikv.ModelConfig(
-        layers=config.layers, query_heads=config.query_heads, kv_heads=config.kv_heads, head_dim=config.head_dim
-    )
+    shape = small_model.shape_of(model)
     reads = Reads()
     runtime = attrs.evolve(pikv.runtime_from(names, shape), backends=[CountingBackend(reads)])
     results = [
         answer(model, pikv.PiKVCache(shape, runtime), batch, arguments.chunk, reads)
-        for batch in batches(arguments.length, arguments.pairs, arguments.samples, arguments.batch)
+        for batch in small_model.batches(arguments.length, arguments.pairs, arguments.samples, arguments.batch)
     ]
     return Result(*(float(np.mean(column)) for column in zip(*map(attrs.astuple, results), strict=True)))
 
@@ -188,7 +156,7 @@ def table(results: dict[str, Result], arguments: argparse.Namespace) -> str:
 def main() -> None:
     """Measure every composition and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=ROOT / "downstream_tasks" / "models" / "tiny_moe")
+    parser.add_argument("--model", type=Path, default=small_model.MODEL)
     parser.add_argument("--output", type=Path, help="a Markdown file; the terminal alone by default")
     parser.add_argument("--length", type=int, default=2048, help="characters of the text")
     parser.add_argument("--pairs", type=int, default=8)

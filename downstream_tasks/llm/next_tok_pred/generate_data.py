@@ -9,15 +9,15 @@ by repeating them in another order: whoever still holds the first occurrence can
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import string
-import sysconfig
 from pathlib import Path
 
 import attrs
 import numpy as np
 from tqdm import tqdm
+
+from pikv.evaluation.recall import standard_library
 
 SPECIALS = ("<pad>", "<s>", "</s>", "<unk>")
 CHARACTERS = "\n" + string.digits + string.ascii_letters + string.punctuation + " "
@@ -52,25 +52,6 @@ def token_ids(text: str) -> np.ndarray:
     for index, character in enumerate(CHARACTERS):
         table[ord(character)] = len(SPECIALS) + index
     return table[np.frombuffer(text.encode("latin-1", "replace"), dtype=np.uint8)]
-
-
-def standard_library(*, held_out: bool) -> str:
-    """All of the standard library's sources as one text; one file in ten, chosen by its name, is held out.
-
-    The tables of `encodings` repeat one another, so they are trained on and none is held out.
-    """
-    root = Path(sysconfig.get_paths()["stdlib"])
-    skipped = {"site-packages", "test", "tests", "idlelib", "__pycache__"}
-    parts = []
-    for path in sorted(root.rglob("*.py")):
-        name = path.relative_to(root)
-        if skipped & set(name.parts):
-            continue
-        if held_out and "encodings" in name.parts:
-            continue
-        if (hashlib.sha256(str(name).encode()).digest()[0] < 26) == held_out:
-            parts.append(path.read_text(encoding="utf-8", errors="replace").expandtabs(4))
-    return "\n".join(parts)
 
 
 @attrs.frozen
