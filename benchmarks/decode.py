@@ -68,7 +68,7 @@ def composed(dtype: torch.dtype = torch.float32, **names: Any) -> Callable[[str,
         one = pikv.ModelConfig(layers=1, query_heads=QUERY_HEADS, kv_heads=KV_HEADS, head_dim=HEAD_DIM, dtype=dtype)
         runtime = pikv.runtime_from({"page_size": PAGE_SIZE, "tail_tokens": TAIL_TOKENS, **names}, one)
         rows = size.batch * KV_HEADS * size.tokens // PAGE_SIZE
-        layers = timing.copies_for(rows * runtime.form(one.layers[0], dtype).stride)
+        layers = timing.copies_for(rows * runtime.form(one, 0).stride)
         cache = pikv.PiKVCache(pikv.ModelConfig.of(one.layers * layers, dtype=dtype), runtime)
         fill(cache, size, dtype)
         queries = torch.randn(timing.CALLS, size.batch, QUERY_HEADS, 1, HEAD_DIM, dtype=dtype)

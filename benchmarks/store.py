@@ -97,7 +97,7 @@ def pages_case(folder: Path, page_bytes: int, nbytes: int, rounds: int, progress
 def cache_case(folder: Path, nbytes: int, rounds: int, progress: tqdm) -> dict[str, float]:
     """A cache of pages of 16 KiB: commit, and restore into new memory."""
     model = pikv.ModelConfig(layers=8, query_heads=8, kv_heads=8, head_dim=32)
-    page_bytes = pikv.RuntimeConfig().form(model.layers[0], model.dtype).stride
+    page_bytes = pikv.RuntimeConfig().form(model, 0).stride
     tokens = nbytes // (page_bytes * 8 * 8) * 64 + 128
     states = torch.randn(2, 1, 8, tokens, 32)
     times: dict[str, list[float]] = {name: [] for name in ("write", "commit", "pread", "restore")}

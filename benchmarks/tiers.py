@@ -57,7 +57,7 @@ class Decoding:
 
 def compose(name: str, tokens: int) -> pikv.PiKVCache:
     """A cache of the case, empty."""
-    page_bytes = pikv.RuntimeConfig().form(MODEL.layers[0], MODEL.dtype).stride
+    page_bytes = pikv.RuntimeConfig().form(MODEL, 0).stride
     everything = page_bytes * (tokens // 64 + 4) * 8 * len(MODEL.layers)
     parts = {"page_selector": Quest(pages=PAGES, dense_layers=0)}
     if name == "all near":
@@ -125,7 +125,7 @@ def main() -> None:
     contestants = run(arguments.tokens, arguments.steps, arguments.drift)
     near_ms = statistics.median(contestants["all near"].milliseconds)
     rows = [row(name, each, arguments.steps) for name, each in contestants.items()]
-    page_bytes = pikv.RuntimeConfig().form(MODEL.layers[0], MODEL.dtype).stride
+    page_bytes = pikv.RuntimeConfig().form(MODEL, 0).stride
     read_bytes = page_bytes * PAGES * 8 * len(MODEL.layers)
     rows.append(
         (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -51,6 +51,7 @@ from pikv.policies import (
     LagKV,
     LatencyAware,
     LoadBalance,
+    Planned,
     Pyramid,
     Quest,
     Recent,
@@ -75,7 +76,13 @@ def _rotated(inner: Compressor) -> Callable[[], Compressor]:
 
 
 PARTS: dict[str, dict[str, Callable[..., Any]]] = {
-    "allocator": {"adakv": AdaKV, "duo_attention": DuoAttention, "pyramid": Pyramid, "uniform": Uniform},
+    "allocator": {
+        "adakv": AdaKV,
+        "duo_attention": DuoAttention,
+        "planned": Planned,
+        "pyramid": Pyramid,
+        "uniform": Uniform,
+    },
     "compressor": {
         "exact": Exact,
         "int2": Int2,
@@ -152,7 +159,7 @@ def compose(
     token_selector: TokenSelector | None = None,
     page_selector: PageSelector | None = None,
     router: Router | None = None,
-    compressor: Compressor | None = None,
+    compressor: Compressor | Sequence[Compressor] | None = None,
     budget_tokens: int | None = None,
     page_size: int = 64,
     tail_tokens: int = 128,
@@ -169,6 +176,7 @@ def compose(
 ) -> PiKVCache:
     """Wire parts into a cache. Parts left out are exact; a budget without an allocator is the same for all layers.
 
+    compressor: of all layers, or a sequence of them, one for each layer.
     near_bytes: of pages that lie in the model's memory; by default all of it. The others go to the tiers.
 
     Raises ConfigError for a combination that cannot work, with the reason and the nearest one that does.
@@ -202,8 +210,8 @@ def runtime_from(names: Mapping[str, Any], model: ModelConfig, *, transport: Tra
     """Build a RuntimeConfig from names, as files and command lines have them.
 
     names: a part's name, or {"name": ..., setting: value}, for allocator, token_selector, page_selector, router,
-    compressor, streamer, shard_by and when_full; whole numbers for budget_tokens, page_size and tail_tokens. None
-    stands for left out.
+    compressor, streamer, shard_by and when_full; for compressor also a list of them, one for each layer; whole numbers
+    for budget_tokens, page_size and tail_tokens. None stands for left out.
 
     Raises UnknownNameError for a key or a name that does not exist, ConfigError for settings that cannot work.
     """
@@ -211,12 +219,19 @@ def runtime_from(names: Mapping[str, Any], model: ModelConfig, *, transport: Tra
     for key in given:
         if key not in PARTS and key not in NUMBERS:
             raise _unknown("key", key, [*PARTS, *NUMBERS])
-    settings = {key: value if key in NUMBERS else build(key, value) for key, value in given.items()}
+    settings = {key: value if key in NUMBERS else _built(key, value) for key, value in given.items()}
     if "shard_by" in settings:
         settings["sharding"] = settings.pop("shard_by")
     if "budget_tokens" in settings:
         settings.setdefault("allocator", Uniform())
     return RuntimeConfig(transport=transport, backends=installed_backends(model.device), **settings)
+
+
+def _built(key: str, value: Any) -> Any:
+    """A part, or one for each layer."""
+    if key == "compressor" and isinstance(value, list | tuple):
+        return tuple(build(key, each) for each in value)
+    return build(key, value)
 
 
 def build(key: str, value: Any) -> Any:

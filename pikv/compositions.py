@@ -124,8 +124,7 @@ def _budget(names: Mapping[str, Any], share: Fraction, model: ModelConfig, token
     compressor, selector = build("compressor", names.get("compressor", "exact")), names.get("page_selector")
     index = None if selector is None else build("page_selector", selector)
     pages, full, stored = RuntimeConfig(compressor=compressor, page_size=page_size), 0, 0
-    for layer in model.layers:
-        form = pages.form(layer, model.dtype)
+    for layer, form in zip(model.layers, pages.forms(model), strict=True):
         full += layer.kv_heads * page_size * bytes_a_token(layer, model.dtype)
         stored += layer.kv_heads * (form.stride + _index_bytes(index, layer, page_size))
     sealed = int(share * tokens * full / stored) // page_size * page_size

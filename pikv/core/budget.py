@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 import attrs
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from pikv.core.ports.allocator import ScoreAllocator
+from pikv.core.ports.allocator import BoundedAllocator, ScoreAllocator
 from pikv.core.views import AllocationRequest
 
 if TYPE_CHECKING:
@@ -128,6 +129,9 @@ class Budget:
         total = self._total
         within = [total if window is None else max(0, -(-(window + slack) // self.page_size)) for window in windows]
         ceiling = torch.minimum(needed[:, None], torch.tensor(within))[..., None] * exists
+        if isinstance(self.allocator, BoundedAllocator):
+            most = [F.pad(torch.tensor(rows), (0, widest - len(rows))) for rows in self.allocator.most]
+            ceiling = torch.minimum(ceiling, torch.stack(most))
         return AllocationRequest(
             budget_pages=torch.full_like(needed, total),
             floor=ceiling.clamp(max=-(-self.sinks // self.page_size)),

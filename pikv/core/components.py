@@ -48,7 +48,7 @@ def described(part: object) -> Any:
 
 def composition(model: ModelConfig, runtime: RuntimeConfig) -> dict[str, Any]:
     """The model and the components of a cache. Backends, tiers and the device are left out: they change no token."""
-    layers = itertools.groupby(model.layers)
+    layers, forms = itertools.groupby(model.layers), zip(model.layers, runtime.forms(model), strict=True)
     transport = runtime.transport
     said = {
         "model": {
@@ -57,7 +57,7 @@ def composition(model: ModelConfig, runtime: RuntimeConfig) -> dict[str, Any]:
             "experts": model.experts,
             "experts_per_token": model.experts_per_token,
         },
-        "forms": [described(runtime.form(layer, model.dtype)) for layer, _ in itertools.groupby(model.layers)],
+        "forms": [described(form) for (_, form), _ in itertools.groupby(forms)],
         "place": [0, 1] if transport is None else [transport.rank, transport.size],
     }
     return {name: said.get(name, described(getattr(runtime, name, None))) for name in (*_BYTES, *_POLICIES)}

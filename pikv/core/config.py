@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal
+from collections.abc import Iterable, Sequence
+from typing import Literal
 
 import attrs
 import torch
@@ -17,6 +17,7 @@ from pikv.core.ports import (
     Allocator,
     AttendedTokenSelector,
     Backend,
+    BoundedAllocator,
     Compressor,
     Demotion,
     FullPool,
@@ -35,31 +36,10 @@ from pikv.core.ports import (
 )
 from pikv.core.rotary import Rotary
 from pikv.core.torch_backend import TorchBackend
+from pikv.core.validators import compressors, is_a, one_or_many, optional_positive, positive
 
 PAGE_SIZES = (16, 32, 64)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def _positive(instance: object, attribute: attrs.Attribute[int], value: int) -> None:
-    if not isinstance(value, int) or value < 1:
-        raise ConfigError(f"{attribute.name} must be a positive whole number, got {value!r}")
-
-
-def _optional_positive(instance: object, attribute: attrs.Attribute[int | None], value: int | None) -> None:
-    if value is not None:
-        _positive(instance, attribute, value)  # type: ignore[arg-type]  # the optional attribute, checked as a plain one
-
-
-def _is_a(port: type) -> Callable[[object, attrs.Attribute[Any], object], None]:
-    """A validator: None where that is the default, or an object of the port."""
-
-    def check(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
-        if not isinstance(value, port) and not (value is None and attribute.default is None):
-            raise ConfigError(
-                f"{attribute.name} must be a {port.__name__} object, got {value!r}; names go through pikv.runtime_from"
-            )
-
-    return check
 
 
 def _floats(logits: Iterable[float]) -> tuple[float, ...]:
@@ -77,12 +57,12 @@ class LayerConfig:
     stored once: the latents of multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1).
     """
 
-    query_heads: int = attrs.field(validator=_positive)
-    kv_heads: int = attrs.field(validator=_positive)
-    key_dim: int = attrs.field(validator=_positive)
-    value_dim: int = attrs.field(validator=_positive)
+    query_heads: int = attrs.field(validator=positive)
+    kv_heads: int = attrs.field(validator=positive)
+    key_dim: int = attrs.field(validator=positive)
+    value_dim: int = attrs.field(validator=positive)
     scale: float = attrs.field()
-    window: int | None = attrs.field(default=None, validator=_optional_positive)
+    window: int | None = attrs.field(default=None, validator=optional_positive)
     softcap: float | None = None
     sinks: tuple[float, ...] | None = attrs.field(default=None, converter=attrs.converters.optional(_floats))
     rotary: Rotary | None = None
@@ -90,7 +70,7 @@ class LayerConfig:
 
     @scale.default
     def _scale(self) -> float:
-        _positive(self, attrs.fields(LayerConfig).key_dim, self.key_dim)  # validators run after defaults
+        positive(self, attrs.fields(LayerConfig).key_dim, self.key_dim)  # validators run after defaults
         return float(self.key_dim**-0.5)
 
     def __attrs_post_init__(self) -> None:
@@ -197,7 +177,8 @@ class ModelConfig:
 class RuntimeConfig:
     """How a cache is composed. Every default is exact, in memory, and needs torch alone.
 
-    page_size: tokens a sealed page holds. tail_tokens: the newest tokens of a row that stay exact. budget_tokens:
+    compressor: the page format of all layers, or a sequence of them, one for each layer. page_size: tokens that a
+    sealed page holds. tail_tokens: the newest tokens of a row that stay exact. budget_tokens:
     the mean number of tokens that a layer and KV head may keep, sinks and tail included, on all ranks together; None
     keeps everything.
     backends: asked in this order for a kernel, once a layer. transport and sharding: where tokens are stored when
@@ -206,22 +187,24 @@ class RuntimeConfig:
     layer will choose, so that they are fetched ahead. Streamer and tiers stay their maker's to close.
     """
 
-    compressor: Compressor = attrs.field(factory=Exact, validator=_is_a(Compressor))
-    token_selector: TokenSelector = attrs.field(factory=KeepAll, validator=_is_a(TokenSelector))
-    page_selector: PageSelector | None = attrs.field(default=None, validator=_is_a(PageSelector))
-    allocator: Allocator | None = attrs.field(default=None, validator=_is_a(Allocator))
-    budget_tokens: int | None = attrs.field(default=None, validator=_optional_positive)
-    router: Router | None = attrs.field(default=None, validator=_is_a(Router))
+    compressor: Compressor | tuple[Compressor, ...] = attrs.field(
+        factory=Exact, converter=one_or_many, validator=compressors
+    )
+    token_selector: TokenSelector = attrs.field(factory=KeepAll, validator=is_a(TokenSelector))
+    page_selector: PageSelector | None = attrs.field(default=None, validator=is_a(PageSelector))
+    allocator: Allocator | None = attrs.field(default=None, validator=is_a(Allocator))
+    budget_tokens: int | None = attrs.field(default=None, validator=optional_positive)
+    router: Router | None = attrs.field(default=None, validator=is_a(Router))
     page_size: int = 64
-    tail_tokens: int = attrs.field(default=128, validator=_positive)
-    when_full: FullPool = attrs.field(factory=Refuse, validator=_is_a(FullPool))
+    tail_tokens: int = attrs.field(default=128, validator=positive)
+    when_full: FullPool = attrs.field(factory=Refuse, validator=is_a(FullPool))
     backends: tuple[Backend, ...] = attrs.field(default=(TorchBackend(),), converter=tuple)
-    transport: Transport | None = attrs.field(default=None, validator=_is_a(Transport))
-    sharding: Sharding | None = attrs.field(default=None, validator=_is_a(Sharding))
-    streamer: Streamer | None = attrs.field(default=None, validator=_is_a(Streamer))
+    transport: Transport | None = attrs.field(default=None, validator=is_a(Transport))
+    sharding: Sharding | None = attrs.field(default=None, validator=is_a(Sharding))
+    streamer: Streamer | None = attrs.field(default=None, validator=is_a(Streamer))
     tiers: tuple[MemoryTier, ...] = attrs.field(default=(), converter=tuple)
-    demotion: Demotion = attrs.field(factory=LeastRecentlyRead, validator=_is_a(Demotion))
-    predictor: PagePredictor | None = attrs.field(default=None, validator=_is_a(PagePredictor))
+    demotion: Demotion = attrs.field(factory=LeastRecentlyRead, validator=is_a(Demotion))
+    predictor: PagePredictor | None = attrs.field(default=None, validator=is_a(PagePredictor))
 
     def __attrs_post_init__(self) -> None:
         if self.page_size not in PAGE_SIZES:
@@ -302,6 +285,7 @@ class RuntimeConfig:
                 f"layer {windows[0]} has a sliding window, so {type(self.remembers).__name__} cannot go over the text "
                 "again: its beginning has left; compose another token selector"
             )
+        self._check_bounds(model)
         parts = [part for part in (self.token_selector, self.split_by) if isinstance(part, NeedsRotary)]
         for (layer_id, layer), part in itertools.product(enumerate(model.layers), parts):
             if layer.rotary is None:
@@ -310,6 +294,40 @@ class RuntimeConfig:
                     f"{type(part).__name__} needs to un-rotate keys; give LayerConfig a rotary, or compose another part"
                 )
 
-    def form(self, layer: LayerConfig, dtype: torch.dtype) -> PageForm:
-        """The layout of this layer's pages."""
-        return self.compressor.form(layer, page_size=self.page_size, dtype=dtype)
+    def _check_bounds(self, model: ModelConfig) -> None:
+        """Raise ConfigError if an allocator's bounds are for other rows, or have no room for the sinks."""
+        if not isinstance(self.allocator, BoundedAllocator):
+            return
+        name, most = type(self.allocator).__name__, self.allocator.most
+        heads, bounded = [layer.kv_heads for layer in model.layers], [len(layer) for layer in most]
+        if heads != bounded:
+            raise ConfigError(
+                f"{name} must bound the KV heads of each layer, {heads}, got bounds for {bounded}; make it for this "
+                "model"
+            )
+        least = -(-self.token_selector.sinks // self.page_size)
+        if min(map(min, most)) < least:
+            raise ConfigError(
+                f"{name} must leave each row the {least} pages that hold the {self.token_selector.sinks} sinks of "
+                f"{type(self.token_selector).__name__}, got {most}; raise the bounds or lower sinks"
+            )
+
+    def compressor_of(self, model: ModelConfig, layer_id: int) -> Compressor:
+        """What writes a layer's pages. Raises ConfigError where the model has another number of layers."""
+        if isinstance(self.compressor, Compressor):
+            return self.compressor
+        if len(self.compressor) != len(model.layers):
+            raise ConfigError(
+                f"compressor must be one for all layers, or one for each of {len(model.layers)}, got "
+                f"{len(self.compressor)} of them; name one for every layer"
+            )
+        return self.compressor[layer_id]
+
+    def form(self, model: ModelConfig, layer_id: int) -> PageForm:
+        """The layout of a layer's pages. Raises ConfigError where the model has another number of layers."""
+        compressor = self.compressor_of(model, layer_id)
+        return compressor.form(model.layers[layer_id], page_size=self.page_size, dtype=model.dtype)
+
+    def forms(self, model: ModelConfig) -> list[PageForm]:
+        """The layouts of all layers' pages; see `form`."""
+        return [self.form(model, layer_id) for layer_id in range(len(model.layers))]

@@ -58,7 +58,7 @@ class PagePool:
 
     def __init__(self, model: ModelConfig, runtime: RuntimeConfig, capacity_bytes: int | None = None) -> None:
         self.device = model.device
-        forms = {runtime.form(layer, model.dtype) for layer in model.layers}
+        forms = set(runtime.forms(model))
         if capacity_bytes is None:
             if self.device.type != "cpu":
                 raise ConfigError(f"capacity_bytes: a pool on {self.device} must be told how much to take")
@@ -101,8 +101,8 @@ class PagePool:
             return {}
         most_pages = self.total_bytes // min(form.stride for form in self._slabs)
         indexes = {}
-        for layer in model.layers:
-            form, wanted = runtime.form(layer, model.dtype), runtime.page_selector.index_form(layer, runtime.page_size)
+        for layer, form in zip(model.layers, runtime.forms(model), strict=True):
+            wanted = runtime.page_selector.index_form(layer, runtime.page_size)
             stride = math.prod(wanted.shape) * wanted.dtype.itemsize
             if form not in indexes:
                 flat = reserve(most_pages, stride, self.device).tensor

@@ -44,11 +44,11 @@ def serve(model: ModelConfig, runtime: RuntimeConfig) -> list[Served]:
     """One for each layer; layers alike share a kernel, and so its workspace. ConfigError if no backend serves one."""
     served: dict[PageCodec, Served] = {}
     result: list[Served] = []
-    for layer in model.layers:
-        form = runtime.form(layer, model.dtype)
-        codec = PageCodec(compressor=runtime.compressor, layer=layer, form=form, dtype=model.dtype)
+    for layer_id, layer in enumerate(model.layers):
+        form, compressor = runtime.form(model, layer_id), runtime.compressor_of(model, layer_id)
+        codec = PageCodec(compressor=compressor, layer=layer, form=form, dtype=model.dtype)
         if codec not in served:
-            served[codec] = _ask(model, runtime, codec, layer_id=len(result))
+            served[codec] = _ask(model, runtime, codec, layer_id=layer_id)
         result.append(served[codec])
     return result
 

@@ -21,6 +21,7 @@ from pikv.policies.kvzip import KVzip
 from pikv.policies.lagkv import LagKV
 from pikv.policies.latency_aware import LatencyAware
 from pikv.policies.load_balance import LoadBalance
+from pikv.policies.planned import Planned
 from pikv.policies.pyramid import Pyramid
 from pikv.policies.quest import Quest
 from pikv.policies.recent import Recent
@@ -55,6 +56,7 @@ __all__ = [
     "LeastOftenRead",
     "LeastRecentlyRead",
     "LoadBalance",
+    "Planned",
     "Pyramid",
     "Quest",
     "Recent",

@@ -394,7 +394,7 @@ def test_int4_pages_and_tables_take_at_most_a_third_of_float16():
         cache = pikv.compose(model, compressor=compressor)
         feed(cache, 0, *tokens(model, 1, 4096))
         stored[compressor] = cache.stored_bytes()
-        assert stored[compressor].pages == 2 * 62 * cache.runtime.form(model.layers[0], model.dtype).stride
+        assert stored[compressor].pages == 2 * 62 * cache.runtime.form(model, 0).stride
     ours, exact = (stored[compressor].pages + stored[compressor].tables for compressor in (Int4(), Exact()))
     assert ours <= exact / 3
 
@@ -408,7 +408,7 @@ def test_pages_do_not_depend_on_the_chunks(bits, cuts):
         cache = pikv.compose(MODEL, compressor=COMPRESSORS[bits], page_size=16, tail_tokens=20)
         for start, stop in itertools.pairwise(bounds):
             feed(cache, start, *(states[:, :, start:stop] for states in tokens(MODEL, 1, 200)))
-        form = cache.runtime.form(MODEL.layers[0], MODEL.dtype)
+        form = cache.runtime.form(MODEL, 0)
         used = cache.pool.used_bytes // form.stride
         assert used == 2 * ((200 - 20) // 16)
         slabs.append(cache.pool.slab(form)[:used].clone())  # a fresh pool fills from its first row, pages in order
@@ -433,7 +433,7 @@ def test_attention_is_over_exactly_what_is_decoded(bits, chunk):
         attn_mask=seen.repeat_interleave(2, dim=1),
     )
     assert bool((cache.attend(0, q).double() - expected).abs().amax() <= 1e-5)
-    sealed = cache.stored_bytes().pages // cache.runtime.form(MODEL.layers[0], MODEL.dtype).stride
+    sealed = cache.stored_bytes().pages // cache.runtime.form(MODEL, 0).stride
     assert sealed >= 3 * 2 * 8
 
 

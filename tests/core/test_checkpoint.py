@@ -204,7 +204,7 @@ def test_a_pool_without_room_stays_as_it_was():
     cache = filled(store)
     cache.commit()
     runtime = reopened(cache.runtime, store)
-    stride = runtime.form(MODEL.layers[0], MODEL.dtype).stride
+    stride = runtime.form(MODEL, 0).stride
     pool = pikv.PagePool(MODEL, runtime, capacity_bytes=30 * stride)
     with pytest.raises(pikv.PoolFullError):
         pikv.PiKVCache.restore(MODEL, runtime, pool=pool)
@@ -335,7 +335,7 @@ def test_all_that_a_layer_holds_is_committed():
     k, v, q = random(torch.Generator().manual_seed(1), 1, 40, MODEL.layers[0])
     positions = torch.arange(20, 60)[None].masked_fill(torch.arange(40) < 3, -1)
     cache.update(0, positions, k, v)
-    form = runtime.form(MODEL.layers[0], MODEL.dtype)
+    form = runtime.form(MODEL, 0)
     taken = pool.allocate(form, pool.free_pages(form))
     with pytest.raises(pikv.PoolFullError):
         cache.attend(0, q)

@@ -242,7 +242,7 @@ def test_a_pool_must_keep_the_index_of_the_page_selector():
 def test_a_pool_must_hold_a_page():
     """And one that takes its memory at once must be told how much."""
     model, runtime = pikv.ModelConfig(**MODEL), pikv.RuntimeConfig()
-    stride = runtime.form(model.layers[0], model.dtype).stride
+    stride = runtime.form(model, 0).stride
     settings = {"model": model, "runtime": runtime, "capacity_bytes": stride - 1}
     check_refused(pikv.PagePool, settings, [f"at least one page of {stride} bytes", f"got {stride - 1}"])
     settings = {"model": pikv.ModelConfig(**MODEL, device="meta"), "runtime": runtime}
@@ -251,7 +251,8 @@ def test_a_pool_must_hold_a_page():
 
 def test_the_fields_of_a_page_do_not_overlap():
     """Each starts at a multiple of 64 bytes, and so does the next page."""
-    form: PageForm = pikv.RuntimeConfig(page_size=16).form(pikv.LayerConfig(**LAYER | {"key_dim": 3}), torch.bfloat16)
+    model = pikv.ModelConfig.of([pikv.LayerConfig(**LAYER | {"key_dim": 3})], dtype=torch.bfloat16)
+    form: PageForm = pikv.RuntimeConfig(page_size=16).form(model, 0)
     ends = [field.offset + field.nbytes for field in form.fields]
     starts = [field.offset for field in form.fields[1:]] + [form.stride]
     assert all(end <= start for end, start in zip(ends, starts, strict=True))

@@ -25,7 +25,7 @@ def tokens(batch, count, *, start=0):
 def compose(pages, *, model=MODEL, **settings):
     """A cache whose pool holds this many pages of 16 tokens; a tail of 16."""
     runtime = pikv.RuntimeConfig(page_size=16, tail_tokens=16, **settings)
-    stride = runtime.form(model.layers[0], model.dtype).stride
+    stride = runtime.form(model, 0).stride
     return pikv.PiKVCache(model, runtime, pool=pikv.PagePool(model, runtime, capacity_bytes=pages * stride))
 
 
@@ -37,7 +37,7 @@ def test_a_pool_may_be_exactly_full():
         each.update(0, positions, k, v)
     cache.attend(0, q)
     assert cache.pool.used_bytes == cache.pool.capacity_bytes
-    assert cache.pool.free_pages(cache.runtime.form(MODEL.layers[0], MODEL.dtype)) == 0
+    assert cache.pool.free_pages(cache.runtime.form(MODEL, 0)) == 0
     check_holds(cache, plain)
 
 
@@ -72,7 +72,7 @@ def test_a_full_pool_refuses_and_the_cache_is_as_before():
 def test_the_pool_has_no_page_twice():
     """The pool itself refuses pages that it does not have, and takes none."""
     pool = compose(pages=4).pool
-    form = pikv.RuntimeConfig(page_size=16).form(MODEL.layers[0], MODEL.dtype)
+    form = pikv.RuntimeConfig(page_size=16).form(MODEL, 0)
     ids = pool.allocate(form, 3)
     with pytest.raises(pikv.PoolFullError, match=r"2 pages of \d+ bytes are needed and 1 are left of capacity_bytes="):
         pool.allocate(form, 2)
@@ -84,7 +84,7 @@ def test_the_pool_has_no_page_twice():
 def test_integrity_is_checked():
     """A page that nobody holds but that is not free is found: StateError, a RuntimeError."""
     pool = compose(pages=4).pool
-    form = pikv.RuntimeConfig(page_size=16).form(MODEL.layers[0], MODEL.dtype)
+    form = pikv.RuntimeConfig(page_size=16).form(MODEL, 0)
     pool.allocate(form, 1)
     pool._references[0] = 0
     with pytest.raises(pikv.StateError, match="please report it"):
@@ -167,7 +167,7 @@ def test_a_prompt_is_finished_in_all_layers_or_in_none():
         _, k, v, q = tokens(1, 40)
         cache.update(layer_id, 0, k, v)
         cache.attend(layer_id, q)
-    form = cache.runtime.form(TWO.layers[0], TWO.dtype)
+    form = cache.runtime.form(TWO, 0)
     before, taken = cache.stored_bytes(), cache.pool.allocate(form, 1)  # of the four pages that are needed
     for _ in range(2):
         with pytest.raises(pikv.PoolFullError):

@@ -323,7 +323,7 @@ def test_where_a_layer_cannot_be_made_all_stay(monkeypatch):
 def test_stored_bytes_are_those_of_the_storages():
     """Pages by the slab's rows, a page that two sequences share once; the total is the sum, in words too."""
     pair = Pair.of().grow(rows(64))
-    form = RUNTIME.form(MODEL.layers[0], MODEL.dtype)
+    form = RUNTIME.form(MODEL, 0)
     stored = pair.cache.stored_bytes()
     assert stored.pages == 3 * 2 * form.stride
     assert stored.tail >= 16 * 2 * (8 + 8) * 4

@@ -28,7 +28,7 @@ class CachesOnOnePool(RuleBasedStateMachine):
     @initialize(runtime=some.runtime_configs(), pages=st.integers(4, 60), generator=some.generators())
     def start(self, runtime, pages, generator):
         self.runtime, self.generator = runtime, generator
-        stride = runtime.form(MODEL.layers[0], MODEL.dtype).stride
+        stride = runtime.form(MODEL, 0).stride
         self.pool = pikv.PagePool(MODEL, runtime, capacity_bytes=pages * stride)
         self.pairs = []
         self.another()

@@ -45,13 +45,13 @@ def test_a_rank_without_room_tries_again_alone() -> None:
         sharded = pikv.RuntimeConfig(page_size=16, tail_tokens=16, transport=transport, sharding=TokenRange(tokens=16))
         pool = pikv.PagePool(MODEL, sharded, capacity_bytes=8 * PAGE_BYTES)
         cache = pikv.PiKVCache(MODEL, sharded, pool=pool)
-        hog = pool.allocate(sharded.form(MODEL.layers[0], MODEL.dtype), 8) if transport.rank == 0 else None
+        hog = pool.allocate(sharded.form(MODEL, 0), 8) if transport.rank == 0 else None
         k, v, q = tokens(80, seed=1)
         cache.update(0, 0, k, v)
         if hog is not None:
             with pytest.raises(pikv.PoolFullError):
                 cache.attend(0, q)
-            pool.release(sharded.form(MODEL.layers[0], MODEL.dtype), hog)
+            pool.release(sharded.form(MODEL, 0), hog)
         outputs = [cache.attend(0, q)]
         return outputs + [step(cache, 80 + i, 1, seed=2 + i) for i in range(40)]
 

@@ -1,6 +1,6 @@
 """The ports: what a part of a cache must do, whoever writes it."""
 
-from pikv.core.ports.allocator import Allocator, ScoreAllocator
+from pikv.core.ports.allocator import Allocator, BoundedAllocator, ScoreAllocator
 from pikv.core.ports.backend import (
     AttendKernel,
     Backend,
@@ -42,6 +42,7 @@ __all__ = [
     "AttendedTokenSelector",
     "Backend",
     "BasisCompressor",
+    "BoundedAllocator",
     "Choice",
     "ChooseKernel",
     "Compressor",

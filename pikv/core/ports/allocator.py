@@ -30,6 +30,16 @@ class Allocator(abc.ABC):
         """
 
 
+class BoundedAllocator(Allocator):
+    """An allocator that gives no row more than a bound, whatever the budget leaves; the rest of it is not given out.
+
+    The bounds are part of a request's ceilings, so an author shares out as any other allocator does.
+    """
+
+    most: tuple[tuple[int, ...], ...]
+    """The pages that each KV head of each layer may have at one place, its sinks included."""
+
+
 class ScoreAllocator(Allocator):
     """An allocator whose split among the heads of a layer follows scores of their tokens.
 
