@@ -209,9 +209,8 @@ class PiKVCache:
         if not len(index):
             self.reset()
             return
-        layers.replace(
-            self._layers, {i: functools.partial(layers.select, layer, index) for i, layer in self._layers.items()}
-        )
+        chosen = {i: functools.partial(layers.select, layer, index) for i, layer in self._layers.items()}
+        layers.replace(self._layers, chosen)
 
     @keeps_numbers
     def join(self, other: PiKVCache) -> None:

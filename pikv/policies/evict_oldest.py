@@ -8,8 +8,8 @@ import attrs
 import torch
 from torch import Tensor
 
-from pikv.core.errors import ConfigError
 from pikv.core.ports import FullPool
+from pikv.policies.settings import at_least
 
 
 @final
@@ -20,11 +20,7 @@ class EvictOldest(FullPool):
     first_pages: the first pages of each row, which hold the attention sinks, stay.
     """
 
-    first_pages: int = 1
-
-    def __attrs_post_init__(self) -> None:
-        if self.first_pages < 0:
-            raise ConfigError(f"first_pages must not be negative, got {self.first_pages!r}")
+    first_pages: int = attrs.field(default=1, validator=at_least(0))
 
     def leaving(self, newest: Tensor, pages_needed: int) -> Tensor | None:
         """The pages with the oldest tokens; None if there are too few."""

@@ -7,9 +7,9 @@ from typing import final
 import attrs
 from torch import Tensor
 
-from pikv.core.errors import ConfigError
 from pikv.core.ports import QueryTokenSelector
 from pikv.core.views import TokenView
+from pikv.policies.settings import at_least
 
 
 @final
@@ -21,16 +21,9 @@ class Importance(QueryTokenSelector):
     gains nothing from a query before it. The softmax is over what is stored, so scores follow what was evicted.
     """
 
-    window: int = 32
-    sinks: int = 4
-    recent: int = 32
-
-    def __attrs_post_init__(self) -> None:
-        if self.window < 1 or self.sinks < 0 or self.recent < 0:
-            raise ConfigError(
-                "window must be positive, sinks and recent not negative, "
-                f"got {self.window}, {self.sinks} and {self.recent}"
-            )
+    window: int = attrs.field(default=32, validator=at_least(1))
+    sinks: int = attrs.field(default=4, validator=at_least(0))
+    recent: int = attrs.field(default=32, validator=at_least(0))
 
     def score(self, view: TokenView) -> Tensor:
         """I_t: [sequences, kv_heads, tokens]."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from pikv.core import attention
 from pikv.core.errors import ConfigError
 from pikv.core.ports import IndexForm, IndexMeaning, MassSelector, PageIndex
+from pikv.policies.settings import at_least
 
 if TYPE_CHECKING:
     from pikv.core.config import LayerConfig
@@ -34,19 +35,16 @@ class KeyCodes(MassSelector):
     """
 
     bits: int = 2
-    pages: int = 32
+    pages: int = attrs.field(default=32, validator=at_least(1))
     mass: float | None = None
-    min_pages: int = 1
-    dense_layers: int = 0
+    min_pages: int = attrs.field(default=1, validator=at_least(1))
+    dense_layers: int = attrs.field(default=0, validator=at_least(0))
 
     def __attrs_post_init__(self) -> None:
         if self.bits not in (1, 2, 4):
             raise ConfigError(f"bits must be 1, 2 or 4, got {self.bits!r}; for more, read the keys themselves")
-        if not 1 <= self.min_pages <= self.pages or self.dense_layers < 0:
-            raise ConfigError(
-                "min_pages must be at least 1 and at most pages, and dense_layers not negative, got "
-                f"{self.min_pages}, {self.pages} and {self.dense_layers}"
-            )
+        if self.min_pages > self.pages:
+            raise ConfigError(f"min_pages must be at most pages, {self.pages}, got {self.min_pages}; raise pages")
         if self.mass is not None and not 0 < self.mass <= 1:
             raise ConfigError(f"mass must be a share of attention, above 0 and at most 1, or None, got {self.mass!r}")
 

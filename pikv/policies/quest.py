@@ -8,8 +8,8 @@ import attrs
 import torch
 from torch import Tensor
 
-from pikv.core.errors import ConfigError
 from pikv.core.ports import IndexForm, IndexMeaning, PageIndex, PageSelector
+from pikv.policies.settings import at_least
 
 if TYPE_CHECKING:
     from pikv.core.config import LayerConfig
@@ -24,14 +24,8 @@ class Quest(PageSelector):
     is sum_d max(q_d m_d, q_d M_d) = relu(q) . M - relu(-q) . m, the greatest over the group's query heads.
     """
 
-    pages: int = 32
-    dense_layers: int = 2
-
-    def __attrs_post_init__(self) -> None:
-        if self.pages < 1 or self.dense_layers < 0:
-            raise ConfigError(
-                f"pages must be positive and dense_layers not negative, got {self.pages} and {self.dense_layers}"
-            )
+    pages: int = attrs.field(default=32, validator=at_least(1))
+    dense_layers: int = attrs.field(default=2, validator=at_least(0))
 
     def index_form(self, layer: LayerConfig, page_size: int) -> IndexForm:
         """Least and greatest key of each channel: float16 [2, key_dim]."""

@@ -7,9 +7,9 @@ from typing import final
 import attrs
 from torch import Tensor
 
-from pikv.core.errors import ConfigError
 from pikv.core.ports import TokenSelector
 from pikv.core.views import TokenView
+from pikv.policies.settings import at_least
 
 
 @final
@@ -20,12 +20,8 @@ class Recent(TokenSelector):
     The page that holds the sinks stays whole, so the tokens next to them stay too.
     """
 
-    sinks: int = 4
-    recent: int = 0
-
-    def __attrs_post_init__(self) -> None:
-        if self.sinks < 0 or self.recent < 0:
-            raise ConfigError(f"sinks and recent must not be negative, got {self.sinks} and {self.recent}")
+    sinks: int = attrs.field(default=4, validator=at_least(0))
+    recent: int = attrs.field(default=0, validator=at_least(0))
 
     def score(self, view: TokenView) -> Tensor:
         """The newer, the higher: the positions [sequences, kv_heads, tokens]."""

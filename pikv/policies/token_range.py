@@ -7,8 +7,8 @@ from typing import final
 import attrs
 from torch import Tensor
 
-from pikv.core.errors import ConfigError
 from pikv.core.ports import Sharding
+from pikv.policies.settings import at_least
 
 
 @final
@@ -16,11 +16,7 @@ from pikv.core.ports import Sharding
 class TokenRange(Sharding):
     """Ranges of `tokens` positions go around the places, so that all fill at the same rate."""
 
-    tokens: int = 64
-
-    def __attrs_post_init__(self) -> None:
-        if self.tokens < 1:
-            raise ConfigError(f"tokens must be a positive whole number, got {self.tokens!r}")
+    tokens: int = attrs.field(default=64, validator=at_least(1))
 
     def owner(self, positions: Tensor, places: int) -> Tensor:
         """(position // tokens) mod places; a padded token (-1) belongs to the last place, which does not store it."""

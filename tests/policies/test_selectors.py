@@ -39,7 +39,7 @@ class TestRecent(TokenSelectorConformance):
     @pytest.mark.parametrize("settings", [{"sinks": -1}, {"recent": -1}])
     def test_negative_counts_are_refused(self, settings):
         """Counts of tokens."""
-        with pytest.raises(ConfigError, match="sinks and recent"):
+        with pytest.raises(ConfigError, match="must be a whole number of at least 0"):
             Recent(**settings)
 
 
@@ -63,7 +63,7 @@ class TestImportance(TokenSelectorConformance):
     @pytest.mark.parametrize("settings", [{"window": 0}, {"sinks": -1}, {"recent": -1}])
     def test_counts_that_cannot_work_are_refused(self, settings):
         """The message names all three."""
-        with pytest.raises(ConfigError, match="window must be positive"):
+        with pytest.raises(ConfigError, match="must be a whole number of at least"):
             Importance(**settings)
 
 

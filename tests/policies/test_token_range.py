@@ -26,5 +26,5 @@ def test_ranges_go_around() -> None:
 
 def test_an_empty_range_is_refused() -> None:
     """A range has at least one token."""
-    with pytest.raises(pikv.ConfigError, match="tokens must be a positive whole number, got 0"):
+    with pytest.raises(pikv.ConfigError, match="tokens of TokenRange must be a whole number of at least 1, got 0"):
         TokenRange(tokens=0)
