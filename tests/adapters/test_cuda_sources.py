@@ -71,8 +71,8 @@ def test_choosing_and_sealing_fit(tmp_path):
 @pytest.mark.parametrize("page_size", [16, 32, 64])
 @pytest.mark.parametrize("compressor", [Exact(), Int8(), Int4(), Int2()], ids=lambda each: type(each).__name__)
 def test_attention_fits(compressor, page_size, dims, group, tmp_path):
-    """Every form there is a kernel for; a few words may spill where sums alone take 64 registers and more."""
+    """Every form there is a kernel for; 96 bytes of stack and spills where sums alone take 64 registers or more."""
     for dtype in (BFLOAT, HALF) if compressor == Exact() else (HALF,):
         each = codec(compressor, page_size=page_size, group=group, key_dim=dims[0], value_dim=dims[1], dtype=dtype)
         large = dims[1] * (2 if group > 8 and dims[1] <= 128 else 1) >= 256
-        check(attend_program(each), 128, 2, tmp_path, most_spilled=64 if large else 0)
+        check(attend_program(each), 128, 2, tmp_path, most_spilled=96 if large else 0)
