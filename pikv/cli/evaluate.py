@@ -165,7 +165,7 @@ def _contestants(
     from pikv.evaluation.contestants import Composed, Press, Quantized
 
     for name, composition in named:
-        yield name, lambda shape, tokens, n=name, c=composition: Composed(name=n, names=c.names_for(shape, tokens))
+        yield name, lambda shape, tokens, n=name, c=composition: Composed(name=n, runtime=c.names_for(shape, tokens))
     for bits in arguments.quantized:
         cache = Quantized(bits=bits, backend=arguments.quantized_backend)
         yield cache.name, lambda *_, made=cache: made

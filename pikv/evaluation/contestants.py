@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, QuantizedCache
 
 from pikv.adapters.transformers import HostCache, attach
+from pikv.core.config import RuntimeConfig
 from pikv.core.errors import ConfigError
 
 
@@ -59,15 +60,15 @@ def by_chunks(model: Any, cache: Cache, ids: Tensor, chunk: int) -> Cache:
 @final
 @attrs.frozen(kw_only=True)
 class Composed(Contestant):
-    """PiKV with parts by name, as `pikv.runtime_from` takes them."""
+    """PiKV with a runtime, or with parts by name, as `pikv.runtime_from` takes them."""
 
     name: str
-    names: Mapping[str, Any]
+    runtime: RuntimeConfig | Mapping[str, Any]
 
     @contextlib.contextmanager
     def in_place(self, model: Any) -> Iterator[Kept]:
         """See Contestant. Raises ConfigError for parts that do not go together, or not with this model."""
-        with attach(model, self.names) as host:
+        with attach(model, self.runtime) as host:
             yield _KeptByPiKV(host.new_cache)
 
 
