@@ -10,10 +10,11 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
-from pikv.core import checkpoint, checks, layers, places, reading, restoring, routing, settling, showing
+from pikv.core import adopting, checkpoint, checks, layers, places, reading, restoring, routing, settling, showing
 from pikv.core.config import ModelConfig, RuntimeConfig
 from pikv.core.errors import ConfigError, InputError, StateError
 from pikv.core.layer import LayerCache
+from pikv.core.lineage import Lineage, why_unshared
 from pikv.core.modes import keeps_numbers
 from pikv.core.page_reads import PageReads, ReadCounter
 from pikv.core.pool import PagePool
@@ -56,9 +57,37 @@ class PiKVCache:
         self._reads = ReadCounter(self.runtime.page_selector)
         self._prefetcher = Prefetcher.of(self.runtime.predictor, self._layers)
         self._prefilling = True
+        self._lineage: Lineage | None = None
         weakref.finalize(self, layers.abandon, self._layers)
 
     # --- writing and reading
+
+    @keeps_numbers
+    def begin(self, token_ids: Tensor, *, chunk_tokens: int | None = None, weights: str = "") -> Tensor:
+        """Adopt what the pool knows of these prompts; returns how many tokens need no computing: int64 [batch].
+
+        token_ids [batch, tokens], below 0 for padding, the tokens of a sequence standing from position 0 on. `update`
+        goes on at the position returned; full pages of these tokens become known as they are sealed. chunk_tokens: the
+        updates that the prompts would come in, one by default; it matters where pages are read with a loss. weights:
+        names the model's weights, and adapters, in a pool that others with the same config share. Where pages depend
+        on more than the tokens, it returns 0 and `why_unshared` says why.
+
+        Raises InputError for another shape or type; StateError unless the cache is empty.
+        """
+        if self._layers:
+            raise StateError("begin comes before the first update, and this cache holds tokens; reset it or make one")
+        prompts = adopting.Prompts.of(token_ids, chunk_tokens=chunk_tokens, weights=weights)
+        if self.why_unshared is not None:
+            self._lineage = None
+            return torch.zeros(len(prompts.tokens), dtype=torch.int64)
+        self._lineage, held = adopting.begin(self.model, self.runtime, self.pool, self._served, prompts)
+        self._layers.update(held)
+        return self._lineage.covered()
+
+    @property
+    def why_unshared(self) -> str | None:
+        """Why `begin` adopts nothing in this composition; None where it may."""
+        return why_unshared(self.model, self.runtime)
 
     @keeps_numbers
     def update(self, layer_id: int, token_id: int | Tensor, k: Tensor, v: Tensor | None) -> None:
@@ -77,6 +106,8 @@ class PiKVCache:
         if self._layers:
             checks.same_batch(next(iter(self._layers.values())), k.shape[0], "k")
         held = self._layers.get(layer_id)
+        if self._lineage is not None:
+            checks.begun(len(self._lineage.sequences), k.shape[0])
         codec = self._served[layer_id].codec
         layer = LayerCache.empty(layer_id, codec, self.pool, k) if held is None else held
         checks.increasing(layer, positions)
@@ -86,6 +117,8 @@ class PiKVCache:
             self._settle(layer)
         if k.shape[2] >= self.runtime.page_size:
             self._prefilling = True
+        if self._lineage is not None:
+            self._lineage.note(layer)
         layer.append(k, v, positions, places.stored_here(self.runtime, positions))
         self._layers[layer_id] = layer
 
@@ -164,8 +197,14 @@ class PiKVCache:
 
     def _settle(self, *unsettled: LayerCache) -> None:
         """Evict to budget, slide windows and seal in these layers: in all of them, or in none if the pool is full."""
-        self._settler.carry_out(self._settler.decide(unsettled, prefilling=self._prefilling))
+        decided = self._settler.decide(unsettled, prefilling=self._prefilling)
+        self._settler.carry_out(decided)
+        self._finish(unsettled, decided)
+
+    def _finish(self, unsettled: Iterable[LayerCache], decided: list[settling.Decision]) -> None:
         self._settler.finish(unsettled, prefilling=self._prefilling)
+        if self._lineage is not None and decided:
+            self._lineage.show(unsettled)
 
     @property
     def evicts(self) -> bool:
@@ -192,6 +231,7 @@ class PiKVCache:
         copies = {i: functools.partial(layers.select, layer, everyone) for i, layer in self._layers.items()}
         layers.replace(other._layers, copies)
         other._prefilling = self._prefilling
+        other._lineage = self._lineage and self._lineage.copy()
         return other
 
     @keeps_numbers
@@ -211,6 +251,7 @@ class PiKVCache:
             return
         chosen = {i: functools.partial(layers.select, layer, index) for i, layer in self._layers.items()}
         layers.replace(self._layers, chosen)
+        self._lineage = self._lineage and self._lineage.select(index)
 
     @keeps_numbers
     def join(self, other: PiKVCache) -> None:
@@ -225,13 +266,15 @@ class PiKVCache:
         checks.same_layers(self._layers, other._layers)
         caches = [self] if other is self else [self, other]
         pending = [(cache, [layer for layer in cache._layers.values() if not layer.settled]) for cache in caches]
-        decisions = (cache._settler.decide(unsettled, prefilling=cache._prefilling) for cache, unsettled in pending)
+        decisions = [cache._settler.decide(unsettled, prefilling=cache._prefilling) for cache, unsettled in pending]
         self._settler.carry_out([decision for decided in decisions for decision in decided])
-        for cache, unsettled in pending:
-            cache._settler.finish(unsettled, prefilling=cache._prefilling)
+        for (cache, unsettled), decided in zip(pending, decisions, strict=True):
+            cache._finish(unsettled, decided)
+        lineages = [(cache._lineage, cache.sequences) for cache in (self, other) if cache._layers]
         parts = {i: [*([self._layers[i]] if self._layers else []), theirs] for i, theirs in other._layers.items()}
         layers.replace(self._layers, {i: functools.partial(layers.joined, part) for i, part in parts.items()})
         self._prefilling = self._prefilling or other._prefilling
+        self._lineage = Lineage.joined(lineages)
 
     @keeps_numbers
     def crop(self, tokens: int | Tensor) -> None:
@@ -245,11 +288,14 @@ class PiKVCache:
         for layer in self._layers.values():
             if bool((end <= layer.last).any()):
                 settling.crop(layer, end)
+        if self._lineage is not None and self._layers:
+            self._lineage.crop(end)
 
     def reset(self) -> None:
         """Forget everything; the next update may bring another batch."""
         layers.release(self._layers)
         self._layers.clear()
+        self._lineage = None
         self._reads = ReadCounter(self.runtime.page_selector)
         self._prefilling = True
 

@@ -140,6 +140,12 @@ def same_batch(held: LayerCache, batch: int, name: str) -> None:
         )
 
 
+def begun(sequences: int, batch: int) -> None:
+    """Raise if a tensor is for another number of sequences than begin was told of."""
+    if batch != sequences:
+        raise InputError(f"k must have batch = {sequences}, the prompts that begin was given, got {batch}; begin again")
+
+
 def same_layers(held: Mapping[int, LayerCache], other: Mapping[int, LayerCache]) -> None:
     """Raise if two caches to be joined have tokens in different layers."""
     if held and held.keys() != other.keys():

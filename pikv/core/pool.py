@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pikv.core.errors import ConfigError, PoolFullError, StateError
 from pikv.core.forms import PageForm
+from pikv.core.prefix_index import PrefixIndex
 from pikv.core.residency import Residency
 from pikv.core.slab import FreeRuns, physical_memory_bytes, reserve
 from pikv.core.tier_stack import TierStack
@@ -54,6 +55,7 @@ class PagePool:
     capacity_bytes: of the pages of all forms together; by default the machine's main memory, of which nothing is
     taken before a page is written. A pool on another device takes its capacity at once and must be told it. With tiers
     in the runtime, capacity_bytes is what lies near, and `residency` sends cold pages far and fetches them again.
+    `prefixes` keeps pages of prompts for those that begin alike, as long as nobody needs their room.
     """
 
     def __init__(self, model: ModelConfig, runtime: RuntimeConfig, capacity_bytes: int | None = None) -> None:
@@ -73,6 +75,7 @@ class PagePool:
         self._row_of = torch.empty(0, dtype=torch.int32)
         self._references = torch.empty(0, dtype=torch.int32)
         self._names = torch.empty(0, dtype=torch.int64)
+        self.prefixes = PrefixIndex(self)
         self._next_name = secrets.randbits(62)
         self._free_ids: list[int] = []
         self._used_bytes = 0
@@ -154,6 +157,7 @@ class PagePool:
         Raises PoolFullError and takes nothing when they do not fit.
         """
         with self._lock:
+            self.prefixes.free(count * form.stride - (self.total_bytes - self.used_bytes))
             room = self.free_pages(form)
             if count > room:
                 raise PoolFullError(
@@ -282,11 +286,13 @@ class PagePool:
         self._release_abandoned()
         with self._lock:
             held = self._references > 0
+            shared = self.prefixes.held()
+            caches = self._references.index_add(0, shared, -torch.ones_like(shared))
             used = sum(slab.used_bytes for slab in self._slabs.values())
             there = self._row_of != _FREE
             if self.residency is not None:
                 used, there = self.residency.whole(used, there)
-            if used != self._used_bytes or not torch.equal(held, there):
+            if used != self._used_bytes or not torch.equal(held, there) or bool((caches < 0).any()):
                 raise StateError(
                     f"pool: {self._used_bytes} bytes are held, the slabs have {used} in use, "
                     f"{int(held.sum())} pages are held; this is a defect of PiKV, please report it"

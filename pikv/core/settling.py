@@ -85,7 +85,7 @@ def decide(
 
 
 def make_room(decisions: list[Decision], when_full: FullPool) -> None:
-    """See that the pool will have room for all decisions; when_full may give up more of a layer's pages.
+    """See that the pool will have room for all decisions: known prefixes leave, then when_full may give up pages.
 
     Raises PoolFullError. The pool is locked by the caller, so that the room is still there when they are carried out.
     """
@@ -95,6 +95,8 @@ def make_room(decisions: list[Decision], when_full: FullPool) -> None:
         newest, stride = layer.table.newest[..., : layer.table.width], layer.codec.form.stride
         # Again if pages left that another cache holds too, which frees nothing.
         while (short := pool.used_bytes + taken + decision.missing_bytes - pool.total_bytes) > 0:
+            if pool.prefixes.free(short):
+                continue
             leaving = when_full.leaving(newest.masked_fill(~decision.pages, ABSENT), -(-short // stride))
             if leaving is None:
                 limit = "capacity_bytes" if pool.residency is None else "the capacity_bytes of all tiers"
