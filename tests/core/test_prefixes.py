@@ -427,3 +427,19 @@ def test_half_adopted_layers_are_let_go(monkeypatch):
     monkeypatch.undo()
     assert cache.begin(DOCUMENT).tolist() == [80]
     check_empty(donor.pool, donor, cache)
+
+
+def test_two_caches_that_compute_the_same_prefix_share_one():
+    """The first to seal a page is shared; the other keeps its own, and both go on."""
+    first = pikv.PiKVCache(MODEL, RUNTIME)
+    second = fresh(first)
+    for cache in (first, second):
+        cache.begin(DOCUMENT)
+    for cache in (first, second):
+        feed(cache, DOCUMENT)
+    third = fresh(first)
+    assert third.begin(DOCUMENT).tolist() == [80]
+    assert torch.equal(third._layers[1].table.held(), first._layers[1].table.held())
+    first.reset()
+    second.reset()
+    check_empty(first.pool, third)
