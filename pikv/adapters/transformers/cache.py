@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -24,13 +24,17 @@ class HostCache(Cache):
 
     pikv: the PiKVCache behind it, for `stored_bytes()`, `describe()` and the rest. Positions are places in the padded
     sequence, as transformers counts them in masks and windows. routed: with a router, its choice for the tokens of the
-    last call in each layer that has experts, from the model's own gates.
+    last call in each layer that has experts, from the model's own gates. weights: names the model's weights, where the
+    first tokens may adopt what the pool knows of them.
     """
 
-    def __init__(self, pikv: PiKVCache, latent: LatentKV | None = None) -> None:
+    def __init__(
+        self, pikv: PiKVCache, latent: LatentKV | None = None, weights: Callable[[], str] | None = None
+    ) -> None:
         self.pikv = pikv
         self.routed: dict[int, Routing] = {}
-        self._latent = latent
+        self._latent, self._weights = latent, weights
+        self._covered: Tensor | None = None  # what the first call adopted, while it runs
         self._seen = Seen.nothing()
         self._step: Step | None = None
         self._broken = False
@@ -38,10 +42,26 @@ class HostCache(Cache):
 
     # --- a forward call
 
-    def begin(self, batch: int, tokens: int, mask: Tensor | None) -> Step:
-        """Start a forward call over new tokens. mask: [batch, tokens seen and new], 0 where there is padding."""
+    def adopt(self, given: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a model's call without the tokens that the first one need not compute.
+
+        Those are what `begin` covers in every sequence; a batch with padding is computed whole.
+        """
         if self._step is not None:
             self.take_back(self._step)  # an interrupt ended the call before, and no hook was told
+        ids, mask = given.get("input_ids"), given.get("attention_mask")
+        if self._weights is None or self._seen.length or ids is None:
+            return given
+        if mask is not None and not (isinstance(mask, Tensor) and mask.shape == ids.shape and bool(mask.all())):
+            return given
+        self._covered = self.pikv.begin(ids, weights=self._weights())
+        skipped = int(self._covered.min())
+        self._seen = Seen(skipped, None)
+        along = {name: given[name] for name in _ALONG_TOKENS if given.get(name) is not None}
+        return given | {name: tokens[..., skipped:] for name, tokens in along.items()}
+
+    def begin(self, batch: int, tokens: int, mask: Tensor | None) -> Step:
+        """Start a forward call over new tokens. mask: [batch, tokens seen and new], 0 where there is padding."""
         if self._broken:
             raise StateError(
                 "a call before this one failed after some layers had evicted tokens for it, so the layers of this "
@@ -53,12 +73,15 @@ class HostCache(Cache):
                 f"this cache holds {held} sequences, got a batch of {batch}; use batch_repeat_interleave or "
                 "batch_select_indices, or a new cache"
             )
-        self._step = Step(self.pikv, self._seen.positions(batch, tokens, mask), mask, self._latent)
+        positions = self._seen.positions(batch, tokens, mask)
+        if self._covered is not None:  # computed beside the others of the batch, and stored already
+            positions = positions.masked_fill((positions >= 0) & (positions < self._covered[:, None]), -1)
+        self._step = Step(self.pikv, positions, mask, self._latent)
         return self._step
 
     def finish(self, step: Step) -> None:
         """End a forward call that went through all layers."""
-        self._step = None
+        self._step = self._covered = None
         self._seen, self.routed = self._seen.followed_by(step.positions, step.mask), step.routed
 
     def take_back(self, step: Step) -> None:
@@ -67,7 +90,7 @@ class HostCache(Cache):
         Where layers evicted for it that cannot be done, and the cache says so when it is used next.
         """
         self._step = None
-        if not self._seen.length:
+        if not self._seen.length or self._covered is not None:
             self.reset()
         elif step.attended and self.pikv.evicts:
             self._broken = True
@@ -93,6 +116,7 @@ class HostCache(Cache):
         """Forget everything; the next call may bring another batch."""
         self.pikv.reset()
         self._seen, self._step, self._broken = Seen.nothing(), None, False
+        self._covered = None
         self.routed = {}
 
     def crop(self, max_length: int) -> None:
@@ -112,7 +136,7 @@ class HostCache(Cache):
 
     def fork(self) -> HostCache:
         """A second cache that goes on from here: sealed pages are shared. `copy.deepcopy` does the same."""
-        other = HostCache(self.pikv.fork(), self._latent)
+        other = HostCache(self.pikv.fork(), self._latent, self._weights)
         other._seen, other._broken = self._seen, self._broken
         return other
 
@@ -139,6 +163,9 @@ class HostCache(Cache):
             index = index.to("cpu", torch.int64)
             self.pikv.reorder(index)
             self._seen = self._seen.select(index)
+
+
+_ALONG_TOKENS = ("input_ids", "position_ids", "cache_position")  # what a model is given for each new token
 
 
 class HostLayer(CacheLayerMixin):

@@ -17,6 +17,7 @@ from pikv.adapters.transformers.cache import HostCache
 from pikv.adapters.transformers.experts import observe
 from pikv.adapters.transformers.families import model_config
 from pikv.adapters.transformers.latent import latent_kv
+from pikv.adapters.transformers.weights import weights_of
 from pikv.compose import installed_backends, runtime_from
 from pikv.core.cache import PiKVCache
 from pikv.core.config import ModelConfig, RuntimeConfig
@@ -71,9 +72,17 @@ class Host:
             hf_model.base_model.register_forward_hook(_finish, with_kwargs=True, always_call=True),
         ]
 
-    def new_cache(self, *, pool: PagePool | None = None) -> HostCache:
-        """An empty cache for one batch, to pass as `past_key_values`. pool: shared by several caches."""
-        return HostCache(PiKVCache(self.model, self.runtime, pool=pool), self._latent)
+    def new_cache(self, *, pool: PagePool | None = None, prefix_from: PagePool | None = None) -> HostCache:
+        """An empty cache for one batch, to pass as `past_key_values`. pool: shared by several caches.
+
+        prefix_from: a pool to share and to adopt known prefixes from, see PiKVCache.begin. The model's first call then
+        computes what is not covered, and returns hidden states and logits of those tokens alone, as `generate` takes
+        them. Raises InputError for two pools.
+        """
+        if pool is not None and prefix_from is not None:
+            raise InputError("pool and prefix_from both name the cache's pool; give prefix_from alone")
+        weights = None if prefix_from is None else functools.partial(weights_of, self._hf_model)
+        return HostCache(PiKVCache(self.model, self.runtime, pool=pool or prefix_from), self._latent, weights)
 
     def rehearse(self, cache: HostCache, input_ids: Tensor, *, chunk_tokens: int = 512) -> None:
         """Go over a prompt a second time, for a token selector that judges by it (KVzip); right after the prompt.
@@ -124,6 +133,8 @@ def _begin(
     new = given.get("inputs_embeds") if new is None else new
     if new is None:
         raise InputError("the model needs input_ids or inputs_embeds, got neither")
+    given = cache.adopt(given)
+    new = given["input_ids"] if given.get("inputs_embeds") is None else new
     given[attention.STEP] = cache.begin(new.shape[0], new.shape[1], given.get("attention_mask"))
     given["attention_mask"] = attention.no_mask()
     return (), given

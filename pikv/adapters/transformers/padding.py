@@ -38,7 +38,7 @@ class Seen:
         """With new tokens at positions [batch, tokens]."""
         length = self.length + positions.shape[1]
         padded = self.mask is not None or bool((positions < 0).any())
-        return Seen(length, mask[:, :length] != 0 if mask is not None and padded else None)
+        return Seen._of(length, mask[:, :length] != 0 if mask is not None and padded else None)
 
     def cropped(self, length: int) -> Seen:
         """The first tokens alone."""
