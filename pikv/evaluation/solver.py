@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -40,7 +41,9 @@ def measure(
     task: of contexts of one length, such as `continuation(text, ...)` of a calibration text. runtime: the token
     selector, page size, tail and all else; its allocator, budget and compressor are what is solved for. A format is
     tried in one layer at a time, exact elsewhere and whole; a head is cut to 2, 4, 8, ... pages, the others whole. That
-    is a pass over the task for each layer and format, and about log2(pages) for each head of each layer.
+    is a pass over the task for each layer and format, and about log2(pages) for each head of each layer. A cut that
+    seems to cost less than a lesser one is taken to cost as much, and a format that seems to help to cost nothing:
+    that is noise, and to believe it would leave bytes of the cap unused.
 
     Raises what `evaluate` does; ConfigError without formats, and for a runtime whose token selector keeps everything or
     remembers attention.
@@ -66,10 +69,12 @@ def measure(
         nothing = loss(everything, whole)
         return [
             LayerLosses(
-                formats=tuple(loss(_with(everything, i, each), whole) - nothing for each in compressors),
+                formats=tuple(max(0.0, loss(_with(everything, i, each), whole) - nothing) for each in compressors),
                 heads=tuple(
-                    {count: loss(everything, _cut(whole, i, head, count)) - nothing for count in ladder[:-1]}
-                    | {ladder[-1]: 0.0}
+                    never_falling(
+                        {count: loss(everything, _cut(whole, i, head, count)) - nothing for count in ladder[:-1]}
+                        | {ladder[-1]: 0.0}
+                    )
                     for head in range(layer.kv_heads)
                 ),
                 **sizes_of(shape, layer, runtime, compressors),
@@ -167,6 +172,13 @@ def _between(least: int, whole: int) -> Iterator[int]:
     while count < whole:
         yield count
         count = max(1, 2 * count)
+
+
+def never_falling(losses: Mapping[int, float]) -> dict[int, float]:
+    """Losses by numbers of pages, each raised to that of any larger number."""
+    counts = sorted(losses, reverse=True)
+    raised = itertools.accumulate((losses[count] for count in counts), max)
+    return dict(sorted(zip(counts, raised, strict=True)))
 
 
 def _with(formats: tuple[Compressor, ...], layer_id: int, compressor: Compressor) -> tuple[Compressor, ...]:

@@ -21,7 +21,7 @@ from pikv.evaluation.contestants import Composed
 from pikv.evaluation.items import Task
 from pikv.evaluation.plan import LayerLosses
 from pikv.evaluation.recall import recall, standard_library
-from pikv.evaluation.solver import composed_within, measure, sizes_of
+from pikv.evaluation.solver import composed_within, measure, never_falling, sizes_of
 from pikv.policies import HeavyHitters, Importance, Quest, Recent, Uniform
 
 MODEL_FOLDER = Path(__file__).parents[2] / "downstream_tasks" / "models" / "tiny_moe"
@@ -120,6 +120,11 @@ def test_a_model_is_measured_and_its_cache_composed():
             assert kept.held(kept.read(model, ids, 64)).total <= cap
     assert plans[1].loss < plans[0].loss
     assert model_config(model).layers[0].kv_heads == len(plans[0].pages[0])
+
+
+def test_a_cut_costs_no_less_than_a_lesser_one():
+    """What noise says otherwise is raised, below nothing too."""
+    assert never_falling({1: 3.0, 2: -0.5, 4: 0.25, 8: -0.1, 16: 0.0}) == {1: 3.0, 2: 0.25, 4: 0.25, 8: 0.0, 16: 0.0}
 
 
 def test_what_cannot_be_solved_is_refused():
