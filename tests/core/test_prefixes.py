@@ -352,6 +352,24 @@ def test_suffixes_leave_before_prefixes_and_the_longest_unused_first():
     assert pool.used_bytes == 0
 
 
+def test_a_beginning_stays_as_long_as_a_text_goes_on_from_it():
+    """Of two texts that begin alike the ends leave, one after the other, and then what both begin with."""
+    pool, runtime = small_pool(10)
+    other = torch.cat([DOCUMENT[:, :48], (DOCUMENT[:, 48:] + 1) % VOCABULARY], dim=1)
+    assert run(pool, runtime, DOCUMENT) == 0
+    assert run(pool, runtime, other) == 48
+    page = 4 * runtime.form(MODEL, 0).stride
+    assert len(pool.prefixes) == 7
+    assert pool.prefixes.free(3 * page) == 3 * page
+    assert run(pool, runtime, DOCUMENT) == 48
+    pool.prefixes.clear()
+    assert run(pool, runtime, DOCUMENT) == 0
+    assert run(pool, runtime, other) == 48
+    assert pool.prefixes.free(7 * page) == 7 * page
+    assert len(pool.prefixes) == 0
+    pool.check_integrity()
+
+
 def test_what_a_cache_holds_stays():
     """Pages that a cache reads are not given up; a pool full of them refuses, as without an index."""
     pool, runtime = small_pool(6)
