@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, final
 
@@ -127,17 +128,16 @@ class Residency:
 
     def _land(self, wanted: Tensor) -> None:
         """Take in what has arrived, and wait for those of the wanted pages that come. What failed is far again."""
-        waiting = []
-        for coming in self._coming:
-            over = all(arrival.ticket.done() for arrival in coming.arrivals)
-            if not over and not bool(self._among(coming.ids, wanted).any()):
-                waiting.append(coming)
-                continue
+        due = [
+            all(arrival.ticket.done() for arrival in coming.arrivals) or bool(self._among(coming.ids, wanted).any())
+            for coming in self._coming
+        ]
+        for coming in itertools.compress(self._coming, due):
             try:
                 self._arrive(coming)
             except (PageLostError, TierError):
                 continue  # it is asked for again when it is needed, and the reason is given then
-        self._coming = waiting
+        self._coming = [coming for coming, over in zip(self._coming, due, strict=True) if not over]
 
     def _arrive(self, coming: _Coming) -> None:
         try:
