@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import abc
-from types import TracebackType
-from typing import Self, final
+from typing import final
 
 import torch
 from torch import Tensor
 
 from pikv.core.errors import InputError
+from pikv.core.ports.owner import Owner
 
 
 class Ticket(abc.ABC):
@@ -47,7 +47,7 @@ class Done(Ticket):
         return False
 
 
-class MemoryTier(abc.ABC):
+class MemoryTier(Owner):
     """A place for sealed pages, for as long as it is open. Pages never change, so a key is written once.
 
     A batch is n pages of one length; other batches may have another. All of a batch happens or nothing. An operation
@@ -94,16 +94,6 @@ class MemoryTier(abc.ABC):
     @abc.abstractmethod
     def close(self) -> None:
         """Give back what the tier holds, pages included. A second call does nothing."""
-
-    @final
-    def __enter__(self) -> Self:
-        return self
-
-    @final
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 class AddressableTier(MemoryTier):

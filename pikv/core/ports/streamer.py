@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Mapping
-from types import TracebackType
-from typing import Any, Self, final
+from typing import Any, final
 
 import attrs
 from torch import Tensor
 
 from pikv.core.errors import DamagedError
 from pikv.core.ports.memory_tier import Ticket
+from pikv.core.ports.owner import Owner
 
 
 @attrs.frozen(order=True)
@@ -37,7 +37,7 @@ class Manifest:
     pages: Mapping[int, Tensor]
 
 
-class Streamer(abc.ABC):
+class Streamer(Owner):
     """A durable history of pages and states. Pages never change, so a key is appended once and serves many versions.
 
     A version is whole or not there. What is read is checked, byte for byte, by checksums. One thread at a time calls;
@@ -103,13 +103,3 @@ class Streamer(abc.ABC):
                 continue
             return version
         return None
-
-    @final
-    def __enter__(self) -> Self:
-        return self
-
-    @final
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

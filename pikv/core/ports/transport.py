@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Sequence
-from types import TracebackType
-from typing import Self, final
+from typing import final
 
 from torch import Tensor
 
 from pikv.core.errors import InputError
+from pikv.core.ports.owner import Owner
 
 
-class Transport(abc.ABC):
+class Transport(Owner):
     """Collectives over a fixed group of ranks.
 
     Every rank calls the same operations in the same order. No operation changes its inputs, and no result shares
@@ -63,16 +63,6 @@ class Transport(abc.ABC):
     @final
     def __repr__(self) -> str:
         return f"{type(self).__name__}(rank={self.rank}, size={self.size})"
-
-    @final
-    def __enter__(self) -> Self:
-        return self
-
-    @final
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def check_root(root: int, size: int) -> None:
