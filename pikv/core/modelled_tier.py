@@ -8,22 +8,24 @@ from typing import final
 from torch import Tensor
 
 from pikv.core.errors import ConfigError
+from pikv.core.over_tier import OverTier
 from pikv.core.ports.memory_tier import Done, MemoryTier, Ticket
 
 
 @final
-class ModelledTier(MemoryTier):
+class ModelledTier(OverTier):
     """A model of a slower device: a batch takes latency_s and its bytes / bytes_per_s, by the clock. Not a device.
 
     The batch is written to or read from `tier` meanwhile, so a model can only be slower than what it stands on:
     operations that took longer than the model says are counted in `late`, and the seconds by which in `late_s`.
     shortest_s: the shortest time that this machine's clock can keep, measured when the model is made; a shorter
     latency_s is refused. One batch at a time: what overlaps on a device that takes several at once is slower here.
+    Forgetting pages and looking for them take no time of the model.
     """
 
     def __init__(self, tier: MemoryTier, *, latency_s: float, bytes_per_s: float) -> None:
-        self.capacity_bytes = tier.capacity_bytes
-        self.tier, self.latency_s, self.bytes_per_s = tier, latency_s, bytes_per_s
+        super().__init__(tier)
+        self.latency_s, self.bytes_per_s = latency_s, bytes_per_s
         self.shortest_s = shortest_s()
         if bytes_per_s <= 0 or latency_s < self.shortest_s:
             raise ConfigError(
@@ -32,11 +34,6 @@ class ModelledTier(MemoryTier):
                 "it"
             )
         self.late, self.late_s, self.modelled_s = 0, 0.0, 0.0
-
-    @property
-    def used_bytes(self) -> int:
-        """The bytes that the tier below uses."""
-        return self.tier.used_bytes
 
     def write(self, keys: Tensor, pages: Tensor) -> Ticket:
         """Write to the tier below, and return when the model's time is over."""
@@ -59,27 +56,12 @@ class ModelledTier(MemoryTier):
         sleep_until(started + span)
         return Done()
 
-    def discard(self, keys: Tensor) -> None:
-        """Forget them below; takes no time of the model."""
-        self.tier.discard(keys)
-
-    def contains(self, keys: Tensor) -> Tensor:
-        """Which the tier below holds; takes no time of the model."""
-        return self.tier.contains(keys)
-
-    def check_integrity(self) -> None:
-        """Check the tier below."""
-        self.tier.check_integrity()
-
-    def close(self) -> None:
-        """Close the tier below."""
-        self.tier.close()
-
 
 def sleep_until(moment: float) -> None:
     """Return at this moment of `time.perf_counter`, other threads running meanwhile."""
     while (left := moment - time.perf_counter()) > 0:
-        time.sleep(left - _COARSE_S if left > 2 * _COARSE_S else 0)  # 0 lets others run, and comes back soon
+        # What remains is waited for by sleeps of no length, which let others run and come back soon.
+        time.sleep(left - _COARSE_S if left > 2 * _COARSE_S else 0)
 
 
 _COARSE_S = 2e-4  # a sleep may be longer by about this

@@ -7,13 +7,14 @@ from typing import Literal, final
 from torch import Tensor
 
 from pikv.core.errors import TierError
+from pikv.core.over_tier import OverTier
 from pikv.core.ports.memory_tier import Done, MemoryTier, Ticket
 
 Fault = Literal["fails to write", "fails to read", "lies", "loses", "truncates"]
 
 
 @final
-class FaultyTier(MemoryTier):
+class FaultyTier(OverTier):
     """A tier with a fault while `fault` is set. It passes the suite of MemoryTier while it is None.
 
     fails to write, fails to read: TierError, as from a full disk or a broken device. lies: one bit of the first page
@@ -22,14 +23,8 @@ class FaultyTier(MemoryTier):
     """
 
     def __init__(self, tier: MemoryTier, fault: Fault | None = None) -> None:
-        self.capacity_bytes = tier.capacity_bytes
-        self.tier, self.fault = tier, fault
-        self.injected = 0
-
-    @property
-    def used_bytes(self) -> int:
-        """Of the tier below."""
-        return self.tier.used_bytes
+        super().__init__(tier)
+        self.fault, self.injected = fault, 0
 
     def write(self, keys: Tensor, pages: Tensor) -> Ticket:
         """Write, or fail to."""
@@ -54,19 +49,3 @@ class FaultyTier(MemoryTier):
         if self.fault == fault:
             self.injected += 1
             raise TierError(f"FaultyTier: it {fault}, as it was told to")
-
-    def discard(self, keys: Tensor) -> None:
-        """Forget them below."""
-        self.tier.discard(keys)
-
-    def contains(self, keys: Tensor) -> Tensor:
-        """Which the tier below holds."""
-        return self.tier.contains(keys)
-
-    def check_integrity(self) -> None:
-        """Check the tier below."""
-        self.tier.check_integrity()
-
-    def close(self) -> None:
-        """Close the tier below."""
-        self.tier.close()
