@@ -13,15 +13,22 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from kernel_checks import (
+    NUMBERS,
+    check_chooses_as_torch,
+    check_decodes_as_torch,
+    check_refuses_what_float16_cannot_hold,
+    check_seals_as_torch,
+    one_page,
+)
 
 import pikv
 from pikv.adapters.compressors import Int2, Int4, Int8
 from pikv.adapters.cupy_gpu import CupyGpu
 from pikv.compose import installed_backends
 from pikv.core.exact import Exact
-from pikv.core.ports import Backend, IndexedPages, NewPages, PageCodec, PageIndex, Pages, PageSelector
+from pikv.core.ports import Backend, PageCodec, Pages, PageSelector
 from pikv.core.tables import all_live
-from pikv.core.tail import Tail
 from pikv.core.torch_backend import TorchBackend
 from pikv.policies import KeyCodes, Quest
 from pikv.testing.backend import CPU, BackendConformance, codec, oracle
@@ -155,9 +162,6 @@ def test_nothing_that_is_dead_is_read():
         assert torch.equal(attend(query, pages).output, attend(query, alone).output)
 
 
-NUMBERS = st.sampled_from([0.0, -0.0, 1e-30, -1e-8, 3e-8, 0.1, -0.5, 1.0, 1 / 3, 77.7, -1000.0, 65280.0, -65280.0])
-
-
 @functools.cache
 def sealed_codec(compressor, page_size, dtype):
     return codec(compressor, page_size=page_size, dtype=dtype)
@@ -177,17 +181,9 @@ def test_codes_and_bounds_are_torchs_bit_for_bit(data):
         states[..., place[0], place[1]] = place[2]
     if data.draw(st.booleans()):  # whole numbers and halves of a step: ties
         states = torch.randint(0, 511, states.shape, generator=generator) * 0.5
-    keys, values = states.to(dtype)
-    positions = torch.arange(tokens, dtype=torch.int32).view(1, 1, tokens)
-    tail = Tail(keys, values, positions, torch.tensor([[tokens]]), 32)
-    zero = torch.zeros(1, dtype=torch.int64)
-    new = NewPages(sequence=zero, head=zero, slots=torch.randperm(tokens, generator=generator)[None])
-    sealed = []
-    for backend in (TorchBackend(), under_test()):
-        out = torch.zeros(1, each.form.stride, dtype=torch.uint8)
-        sealed.append((out, backend.seal(each, Quest(), CPU)(tail, new, out)))
-    assert torch.equal(sealed[0][0], sealed[1][0])
-    assert torch.equal(sealed[0][1], sealed[1][1])
+    states = states.to(dtype)
+    tail, new = one_page(states, torch.randperm(tokens, generator=generator)[None])
+    check_seals_as_torch(under_test(), each, tail, new)
 
 
 @pytest.mark.property
@@ -197,53 +193,21 @@ def test_the_choice_has_the_scores_of_torchs(data):
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**32)))
     kv_heads, group = (data.draw(st.integers(1, most)) for most in (2, 4))
     width = data.draw(st.sampled_from([1, 5, 33, 300]))
-    selector = Quest(pages=data.draw(st.integers(1, 40)))
-    each = codec(Exact(), kv_heads=kv_heads, group=group, key_dim=32)
-    largest = data.draw(st.sampled_from([0, 1, 9]))
-    count = 2 * kv_heads * width
-    index = torch.randint(-largest, largest + 1, (count, 2, 32), generator=generator).half().sort(1).values
-    if data.draw(st.booleans()):
-        index[0, 1, 0] = torch.inf
-    query = torch.randint(-largest, largest + 1, (2, kv_heads, group, 32), generator=generator).float()
-    counts = torch.randint(1, width + 1, (2, kv_heads), generator=generator)
-    ids = torch.randperm(count, generator=generator).int().view(2, kv_heads, width)
-    pages = IndexedPages(index=index, ids=ids, counts=counts)
-    chosen = [backend.choose(selector, each, CPU)(query, pages) for backend in (TorchBackend(), under_test())]
-    present = torch.arange(width) < counts[..., None]
-    scores = selector.score(PageIndex(arrays=index[ids], present=present, layer=each.layer), query)
-    scores = scores.clamp(max=1e9).masked_fill(~present, -torch.inf)  # of infinite sums and others that are no numbers
-    one, other = (scores.gather(-1, choice.columns).sort(-1).values for choice in chosen)
-    assert torch.equal(chosen[0].reads, chosen[1].reads)
-    assert torch.equal(one, other)
+    check_chooses_as_torch(under_test(), data, generator, kv_heads=kv_heads, group=group, width=width)
 
 
 def test_numbers_beyond_float16_are_refused():
     """With the compressor's own words, and nothing is lost."""
     model = pikv.ModelConfig(layers=1, query_heads=2, kv_heads=1, head_dim=32)
-    cache = pikv.compose(model, compressor=Int8(), tail_tokens=1, backends=[under_test(), TorchBackend()])
-    k, v = torch.randn(2, 1, 1, 100, 32)
-    v[0, 0, 10, 3] = -1e6
-    cache.update(0, 0, k, v)
-    with pytest.raises(pikv.InputError, match="values must lie within float16"):
-        cache.finish_prefill()
-    assert int(cache.retrieve(0).mask.sum()) == 100
+    check_refuses_what_float16_cannot_hold(under_test(), model, 100)
 
 
 def test_a_cache_decodes_by_these_kernels():
     """Sealed, chosen and attended to by them: what torch answers. `describe` says who serves."""
     model = pikv.ModelConfig(layers=1, query_heads=4, kv_heads=2, head_dim=32)
     parts = {"compressor": Int4(), "page_selector": Quest(pages=3, dense_layers=0), "tail_tokens": 16}
-    backends = ([TorchBackend()], [under_test(), TorchBackend()])
-    caches = [pikv.compose(model, **parts, backends=each) for each in backends]
-    generator = torch.Generator().manual_seed(0)
-    k, v = torch.randn(2, 2, 2, 600, 32, generator=generator)
-    q = torch.randn(2, 4, 600, 32, generator=generator)
-    for start, stop in ((0, 570), (570, 599), (599, 600)):
-        for cache in caches:
-            cache.update(0, start, k[:, :, start:stop], v[:, :, start:stop])
-        outputs = [cache.attend(0, q[:, :, start:stop]) for cache in caches]
-        torch.testing.assert_close(*outputs, atol=2e-3, rtol=0)
-    assert str(caches[1].describe()).count("cupy_gpu") == 3
+    described = check_decodes_as_torch(under_test(), model, parts, batch=2, stops=[570, 599, 600], atol=2e-3, rtol=0)
+    assert described.count("cupy_gpu") == 3
 
 
 def test_what_it_has_no_kernel_for():

@@ -8,14 +8,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_checks import (
+    NUMBERS,
+    check_decodes_as_torch,
+    check_refuses_what_float16_cannot_hold,
+    check_seals_as_torch,
+    one_page,
+)
 
 import pikv
 from pikv.adapters.compressors import Int2, Int4, Int8
 from pikv.core.exact import Exact
-from pikv.core.ports import Backend, NewPages, PageCodec, Pages, PageSelector
+from pikv.core.ports import Backend, PageCodec, Pages, PageSelector
 from pikv.core.tables import all_live
-from pikv.core.tail import Tail
-from pikv.core.torch_backend import TorchBackend
 from pikv.policies import Quest
 from pikv.testing.backend import CPU, BackendConformance, codec, oracle
 from pikv.testing.on_device import OnDevice
@@ -103,9 +108,6 @@ def test_attention_equals_the_oracle(case):
     torch.testing.assert_close(got.log_sum_exp.double(), wanted.log_sum_exp, atol=1e-5, rtol=1e-5)
 
 
-NUMBERS = st.sampled_from([0.0, -0.0, 1e-30, -1e-8, 3e-8, 0.1, -0.5, 1.0, 1 / 3, 77.7, -1000.0, 65280.0, -65280.0])
-
-
 @pytest.mark.property
 @FEW
 @given(st.data())
@@ -117,47 +119,23 @@ def test_codes_and_bounds_are_torchs_bit_for_bit(data):
     states = torch.randn(2, 1, 1, 16, 8, generator=generator) * 10.0 ** torch.randint(-9, 4, (8,), generator=generator)
     for place in data.draw(st.lists(st.tuples(st.integers(0, 15), st.integers(0, 7), NUMBERS), max_size=9)):
         states[..., place[0], place[1]] = place[2]
-    keys, values = states.to(dtype)
-    positions = torch.arange(16, dtype=torch.int32).view(1, 1, 16)
-    tail = Tail(keys, values, positions, torch.tensor([[16]]), 8)
-    zero = torch.zeros(1, dtype=torch.int64)
-    new = NewPages(sequence=zero, head=zero, slots=torch.randperm(16, generator=generator)[None])
-    sealed = []
-    for backend in (TorchBackend(), under_test()):
-        out = torch.zeros(1, each.form.stride, dtype=torch.uint8)
-        sealed.append((out, backend.seal(each, Quest(), CPU)(tail, new, out)))
-    assert torch.equal(sealed[0][0], sealed[1][0])
-    assert torch.equal(sealed[0][1], sealed[1][1])
+    states = states.to(dtype)
+    tail, new = one_page(states, torch.randperm(16, generator=generator)[None])
+    check_seals_as_torch(under_test(), each, tail, new)
 
 
 def test_numbers_beyond_float16_are_refused():
     """With the compressor's own words."""
     model = pikv.ModelConfig(layers=1, query_heads=1, kv_heads=1, head_dim=4)
-    backends = [under_test(), TorchBackend()]
-    cache = pikv.compose(model, compressor=Int8(), page_size=16, tail_tokens=1, backends=backends)
-    k, v = torch.randn(2, 1, 1, 20, 4)
-    v[0, 0, 10, 3] = -1e6
-    cache.update(0, 0, k, v)
-    with pytest.raises(pikv.InputError, match="values must lie within float16"):
-        cache.finish_prefill()
-    assert int(cache.retrieve(0).mask.sum()) == 20
+    check_refuses_what_float16_cannot_hold(under_test(), model, 20, page_size=16)
 
 
 def test_a_cache_decodes_by_these_kernels():
     """Sealed, chosen and attended to by them: what torch answers. `describe` says who serves."""
     model = pikv.ModelConfig(layers=1, query_heads=2, kv_heads=1, head_dim=8)
     parts = {"compressor": Int4(), "page_selector": Quest(pages=2, dense_layers=0), "page_size": 16, "tail_tokens": 8}
-    backends = ([TorchBackend()], [under_test(), TorchBackend()])
-    caches = [pikv.compose(model, **parts, backends=each) for each in backends]
-    generator = torch.Generator().manual_seed(0)
-    k, v = torch.randn(2, 1, 1, 81, 8, generator=generator)
-    q = torch.randn(1, 2, 81, 8, generator=generator)
-    for start, stop in ((0, 80), (80, 81)):
-        for cache in caches:
-            cache.update(0, start, k[:, :, start:stop], v[:, :, start:stop])
-        outputs = [cache.attend(0, q[:, :, start:stop]) for cache in caches]
-        torch.testing.assert_close(*outputs, atol=1e-5, rtol=1e-5)
-    assert str(caches[1].describe()).count("numba_cuda") == 3
+    described = check_decodes_as_torch(under_test(), model, parts, batch=1, stops=[80, 81], atol=1e-5, rtol=1e-5)
+    assert described.count("numba_cuda") == 3
 
 
 def test_what_it_has_no_kernel_for():

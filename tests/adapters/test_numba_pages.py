@@ -9,12 +9,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from kernel_checks import NUMBERS, check_chooses_as_torch, check_seals_as_torch, one_page
 
 import pikv
 from pikv.adapters.compressors import Int2, Int4, Int8
 from pikv.core.exact import Exact
-from pikv.core.ports import Backend, Compressor, IndexedPages, NewPages, PageCodec, PageIndex, PageSelector
-from pikv.core.tail import Tail
+from pikv.core.ports import Backend, Compressor, IndexedPages, PageCodec, PageSelector
 from pikv.core.torch_backend import TorchBackend
 from pikv.policies import KeyCodes, Quest
 from pikv.testing.backend import CPU, codec
@@ -85,9 +85,6 @@ def test_what_it_has_no_kernel_for():
     assert backend.seal(codec(Negated()), None, CPU) is None
 
 
-NUMBERS = st.sampled_from([0.0, -0.0, 1e-30, -1e-8, 3e-8, 0.1, -0.5, 1.0, 1 / 3, 77.7, -1000.0, 65280.0, -65280.0])
-
-
 @st.composite
 def tails(draw, dtype, page_size, dim):
     """A tail of one row of a page or two, and which slots are sealed: numbers that round in all ways."""
@@ -98,13 +95,8 @@ def tails(draw, dtype, page_size, dim):
     for place in draw(st.lists(st.tuples(st.integers(0, tokens - 1), st.integers(0, dim - 1), NUMBERS), max_size=12)):
         states[..., place[0], place[1]] = place[2]
     states[:, :, :, :, 0] = draw(NUMBERS)
-    keys, values = states.to(dtype).nan_to_num(nan=0.0).clamp(-65280, 65280)  # the largest bfloat16 within float16
-    positions = torch.arange(tokens, dtype=torch.int32).view(1, 1, tokens)
-    slots = torch.randperm(tokens, generator=generator)[:page_size].sort().values[None]
-    zero = torch.zeros(1, dtype=torch.int64)
-    return Tail(keys, values, positions, torch.tensor([[tokens]]), values.shape[-1]), NewPages(
-        sequence=zero, head=zero, slots=slots
-    )
+    states = states.to(dtype).nan_to_num(nan=0.0).clamp(-65280, 65280)  # the largest bfloat16 within float16
+    return one_page(states, torch.randperm(tokens, generator=generator)[:page_size].sort().values[None])
 
 
 @pytest.mark.property
@@ -115,12 +107,7 @@ def test_codes_and_bounds_are_torchs_bit_for_bit(data):
     compressor = data.draw(st.sampled_from([Exact(), Int8(), Int4(), Int2()]))
     each = codec(compressor, page_size=data.draw(st.sampled_from([16, 64])), dtype=dtype)
     tail, new = data.draw(tails(dtype, each.form.page_size, 32))
-    sealed = []
-    for backend in (TorchBackend(), numba_cpu.NumbaCpu()):
-        out = torch.zeros(1, each.form.stride, dtype=torch.uint8)
-        sealed.append((out, backend.seal(each, Quest(), CPU)(tail, new, out)))
-    assert torch.equal(sealed[0][0], sealed[1][0])
-    assert torch.equal(sealed[0][1], sealed[1][1])
+    check_seals_as_torch(numba_cpu.NumbaCpu(), each, tail, new)
 
 
 @pytest.mark.property
@@ -129,24 +116,7 @@ def test_the_choice_has_the_scores_of_torchs(data):
     """Whole numbers, whose sums are exact: the chosen scores are the same, ties or not, infinities included."""
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**32)))
     kv_heads, group, width = (data.draw(st.integers(1, most)) for most in (3, 4, 150))
-    selector = Quest(pages=data.draw(st.integers(1, 40)))
-    each = codec(Exact(), kv_heads=kv_heads, group=group, key_dim=32)
-    largest = data.draw(st.sampled_from([0, 1, 9]))
-    count = 2 * kv_heads * width
-    index = torch.randint(-largest, largest + 1, (count, 2, 32), generator=generator).half().sort(1).values
-    if data.draw(st.booleans()):
-        index[0, 1, 0] = torch.inf
-    query = torch.randint(-largest, largest + 1, (2, kv_heads, group, 32), generator=generator).float()
-    counts = torch.randint(1, width + 1, (2, kv_heads), generator=generator)
-    ids = torch.randperm(count, generator=generator).int().view(2, kv_heads, width)
-    pages = IndexedPages(index=index, ids=ids, counts=counts)
-    chosen = [backend.choose(selector, each, CPU)(query, pages) for backend in (TorchBackend(), numba_cpu.NumbaCpu())]
-    present = torch.arange(width) < counts[..., None]
-    scores = selector.score(PageIndex(arrays=index[ids], present=present, layer=each.layer), query)
-    scores = scores.clamp(max=1e9).masked_fill(~present, -torch.inf)  # of infinite sums and others that are no numbers
-    one, other = (scores.gather(-1, choice.columns).sort(-1).values for choice in chosen)
-    assert torch.equal(chosen[0].reads, chosen[1].reads)
-    assert torch.equal(one, other)
+    check_chooses_as_torch(numba_cpu.NumbaCpu(), data, generator, kv_heads=kv_heads, group=group, width=width)
 
 
 @pytest.mark.property
