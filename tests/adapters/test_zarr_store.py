@@ -8,10 +8,10 @@ import os
 import time
 from pathlib import Path
 
-import obstore
 import pytest
 import torch
 import zarr
+from object_store import ObjectStoreConformance
 from obstore.store import LocalStore, MemoryStore
 
 import pikv
@@ -40,23 +40,10 @@ class TestFolder(StreamerConformance):
             path.write_bytes(states)
 
 
-class TestMemory(StreamerConformance):
+class TestMemory(ObjectStoreConformance):
     @pytest.fixture(autouse=True)
     def memory(self):
         self.store = MemoryStore()
-
-    def open(self):
-        return ZarrStreamer(self.store, segment_bytes=2 * PAGE_BYTES)
-
-    def objects(self):
-        names = [each["path"] for some in obstore.list(self.store) for each in some]
-        return {name: bytes(obstore.get(self.store, name).bytes()) for name in names}
-
-    def put(self, name, states):
-        if states is None:
-            obstore.delete(self.store, name)
-        else:
-            obstore.put(self.store, name, states)
 
 
 def commit(streamer, *new, before=()):

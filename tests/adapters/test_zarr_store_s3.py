@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import boto3
-import obstore
 import pytest
 import torch
 from moto.server import ThreadedMotoServer
+from object_store import ObjectStoreConformance
 from obstore.store import S3Store
 
 import pikv
 from pikv.adapters.zarr_store import ZarrStreamer
-from pikv.testing.memory_tier import PAGE_BYTES, numbers, pages_of
-from pikv.testing.streamer import StreamerConformance, check_pages, manifest_of
+from pikv.testing.memory_tier import numbers, pages_of
+from pikv.testing.streamer import check_pages, manifest_of
 
 KEYS = {"aws_access_key_id": "any", "aws_secret_access_key": "any", "region_name": "us-east-1"}
 
@@ -46,23 +46,10 @@ def store_of(endpoint, name, **options):
     )
 
 
-class TestS3(StreamerConformance):
+class TestS3(ObjectStoreConformance):
     @pytest.fixture(autouse=True)
     def bucket(self, server, request):
         self.store = bucket(server, f"test-{abs(hash(request.node.name))}")
-
-    def open(self):
-        return ZarrStreamer(self.store, segment_bytes=2 * PAGE_BYTES)
-
-    def objects(self):
-        names = [each["path"] for some in obstore.list(self.store) for each in some]
-        return {name: bytes(obstore.get(self.store, name).bytes()) for name in names}
-
-    def put(self, name, states):
-        if states is None:
-            obstore.delete(self.store, name)
-        else:
-            obstore.put(self.store, name, states)
 
     @pytest.mark.slow  # hundreds of requests
     def test_it_equals_a_list_of_versions(self):
