@@ -49,7 +49,7 @@ def kill_while_committing(folder, generator):
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
-    time.sleep(generator.uniform(0.0, 0.15))
+    time.sleep(generator.uniform(0.0, 0.15))  # the random moment: anywhere in the first few commits
     process.send_signal(signal.SIGKILL)
     said = process.stdout.read().split()
     process.stdout.close()
@@ -184,7 +184,7 @@ def test_two_processes_on_one_store(tmp_path):
     for process in processes:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
-    time.sleep(0.3)
+    time.sleep(0.3)  # both commit as fast as they can meanwhile; what they made is read from what they said
     made = []
     for process in processes:
         process.kill()

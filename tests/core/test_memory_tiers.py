@@ -102,12 +102,17 @@ def test_calls_are_made_in_order_by_another_thread():
     worker.close()
 
 
+def wait_for_depth(worker, depth):
+    """Until no more calls wait than that: the thread has begun the one before them, which nothing else tells."""
+    while worker.depth > depth:
+        time.sleep(0.001)  # leaves the processor to that thread
+
+
 def test_a_backlog_is_bounded():
     """When as many calls wait as may, submit waits too."""
     worker, go, submitted = Worker(at_most=2), threading.Event(), []
     worker.submit(go.wait)
-    while worker.depth:
-        time.sleep(0.001)
+    wait_for_depth(worker, 0)
 
     def submit_all():
         submitted.extend(worker.submit(lambda: None) for _ in range(4))
@@ -128,8 +133,7 @@ def test_work_that_has_not_begun_can_be_cancelled():
     """It never happens; asking for it raises StateError, and cancelling it again changes nothing."""
     worker, go, seen = Worker(at_most=4), threading.Event(), []
     first, second = worker.submit(go.wait), worker.submit(lambda: seen.append(1))
-    while worker.depth > 1:
-        time.sleep(0.001)
+    wait_for_depth(worker, 1)
     assert not first.cancel()
     assert second.cancel()
     assert second.cancel()
@@ -338,6 +342,7 @@ def test_workers_are_closed_when_the_interpreter_ends(monkeypatch):
     """What was submitted is done first: a thread that is cut off in the middle of a call would crash the process."""
     open_worker, done = Worker(at_most=4), []
     monkeypatch.setattr(worker, "_OPEN", weakref.WeakSet([open_worker]))
+    # Long enough that a close which does not wait for the call would be over before it.
     open_worker.submit(lambda: (time.sleep(0.05), done.append(1)))
     worker._close_all()
     assert done == [1]
