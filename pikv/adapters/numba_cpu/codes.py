@@ -13,9 +13,8 @@ from torch import Tensor
 from pikv.adapters.numba_cpu.launch import Launch, workers_for
 from pikv.adapters.numba_cpu.machine import Machine
 from pikv.adapters.numba_cpu.masses import Row, Rule, choose_alone, choose_together
-from pikv.adapters.numba_cpu.shape import AffineField, ByteField, Rows
+from pikv.adapters.numba_cpu.shape import AffineField, ByteField, Scoring
 from pikv.adapters.numba_cpu.static import static
-from pikv.core.forms import ALIGNMENT
 from pikv.core.ports import Choice, ChooseKernel, IndexedPages, IndexMeaning, MassSelector, PageCodec, PageSelector
 
 BYTES_A_WORKER = 1 << 15  # of index; fewer are scored sooner than another thread is woken
@@ -25,15 +24,13 @@ EVERYTHING = 2.0  # a mass that is never reached
 
 @static
 @attrs.frozen(kw_only=True)
-class Codes(Rows):
+class Codes(Scoring):
     """What the kernel is compiled for. rows: query heads that are served together; `blocks` times as many are a group.
 
     stride: the bytes of a page's index. sources: of the kernels' source files, so that none compiled from others is
     taken from disk.
     """
 
-    page_size: int
-    key_dim: int
     group: int
     stride: int
     keys: AffineField
@@ -43,21 +40,6 @@ class Codes(Rows):
     def blocks(self) -> int:
         """How many times `rows` query heads make a group, the last ones of which may be none."""
         return -(-self.group // self.rows)
-
-    @property
-    def query_bytes(self) -> int:
-        """A scaled query."""
-        return 4 * self.key_dim
-
-    @property
-    def score_bytes(self) -> int:
-        """Scores of a page's tokens."""
-        return 4 * self.page_size
-
-    @property
-    def scratch_bytes(self) -> int:
-        """What a worker needs to score a page: scores, and what `fold` writes."""
-        return self.rows * (self.score_bytes + 6 * max(self.key_dim, self.page_size)) + 2 * ALIGNMENT
 
 
 @final

@@ -15,7 +15,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from pikv.adapters.numba_cpu.affine import FOLDED, TOPS, add_codes, prepare
-from pikv.adapters.numba_cpu.compiled import part
+from pikv.adapters.numba_cpu.compiled import inlined, part
 from pikv.adapters.numba_cpu.dense import fetch
 from pikv.adapters.numba_cpu.pages import does
 from pikv.adapters.numba_cpu.shape import ByteField, DotField
@@ -171,15 +171,21 @@ def put_bytes(typing: Any, tile: Any, numbers: Any, factor: Any, address: Any) -
     return types.void(tile, types.int64, factor, types.int64), lowered
 
 
+@inlined
+def _units(scratch: int, row: int, highest: float) -> Any:
+    """How many units a row's folded numbers have to 1, the greatest being `highest`; writes the size of a unit."""
+    unit = max(float_at(scratch + TOPS + 4 * row), np.float32(SMALLEST)) / np.float32(highest)
+    put_float(scratch + TOPS + 4 * row, unit)
+    return np.float32(1.0) / unit
+
+
 @does(prepare, DotField)
 def make_digits(field: Any, scratch: int) -> None:
     """See prepare: writes to scratch the size of a unit of each row's lower digit, and the digits."""
     tile, rows, count = field.digits, field.rows, field.count
     for row in range(rows):
-        unit = max(float_at(scratch + TOPS + 4 * row), np.float32(SMALLEST)) / np.float32(HIGHEST)
-        put_float(scratch + TOPS + 4 * row, unit)
         numbers, digits = scratch + FOLDED + 4 * row * count, scratch + FOLDED + (4 * rows + row) * count
-        factor = splat(tile, np.float32(1.0) / unit)
+        factor = splat(tile, _units(scratch, row, HIGHEST))
         for entry in range(0, count, tile.width):
             put_digits(tile, numbers + 4 * entry, factor, digits + entry, digits + rows * count + entry)
 
@@ -189,10 +195,8 @@ def make_bytes(field: Any, scratch: int) -> None:
     """See prepare: writes to scratch the size of a unit of each row's bytes, and the bytes."""
     tile, rows, count = field.digits, field.rows, field.count
     for row in range(rows):
-        unit = max(float_at(scratch + TOPS + 4 * row), np.float32(SMALLEST)) / np.float32(HIGHEST_BYTE)
-        put_float(scratch + TOPS + 4 * row, unit)
         numbers, octets = scratch + FOLDED + 4 * row * count, scratch + FOLDED + (4 * rows + row) * count
-        factor = splat(tile, np.float32(1.0) / unit)
+        factor = splat(tile, _units(scratch, row, HIGHEST_BYTE))
         for entry in range(0, count, tile.width):
             put_bytes(tile, numbers + 4 * entry, factor, octets + entry)
 

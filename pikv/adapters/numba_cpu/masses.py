@@ -95,7 +95,7 @@ def _sum_pages(
     rows, width = table.ids.shape
     first, last = share(rows // heads * width, worker, workers)
     columns_ahead = max(1, BYTES_AHEAD // (codes.stride * heads))
-    scratch = np.empty(codes.scratch_bytes, np.uint8)
+    scratch = np.empty(codes.block_bytes + 63, np.uint8)
     scores = (scratch.ctypes.data + 63) // 64 * 64
     for place in range(first, last):
         column = place % width

@@ -134,9 +134,32 @@ class ByteField(DotField):
 Field = DenseField | AffineField | DotField | ByteField
 
 
+@attrs.frozen(kw_only=True)
+class Scoring(Rows):
+    """Pages whose keys are scored: the bytes of what one query needs in scratch memory."""
+
+    page_size: int
+    key_dim: int
+
+    @property
+    def query_bytes(self) -> int:
+        """A scaled query."""
+        return 4 * self.key_dim
+
+    @property
+    def score_bytes(self) -> int:
+        """Scores of a page's tokens."""
+        return 4 * self.page_size
+
+    @property
+    def block_bytes(self) -> int:
+        """For `rows` queries: scores, and for codes what `fold` writes."""
+        return _aligned(self.rows * (self.score_bytes + 6 * max(self.key_dim, self.page_size))) + ALIGNMENT
+
+
 @static
 @attrs.frozen(kw_only=True)
-class Shape(Rows):
+class Shape(Scoring):
     """What a kernel is compiled for.
 
     rows: how many queries of a KV head are served together, each reading a key once for all. stride: the bytes of a
@@ -144,8 +167,6 @@ class Shape(Rows):
     memory is fetched. sources: of the kernels' source files, so that none compiled from others is taken from disk.
     """
 
-    page_size: int
-    key_dim: int
     value_dim: int
     stride: int
     positions: int
@@ -174,23 +195,6 @@ class Shape(Rows):
     def tail_bytes(self) -> int:
         """A token of the tail."""
         return (self.key_dim + self.value_dim) * self.tail.numbers.itemsize
-
-    # Bytes of what one query needs in scratch memory.
-
-    @property
-    def query_bytes(self) -> int:
-        """A scaled query."""
-        return 4 * self.key_dim
-
-    @property
-    def score_bytes(self) -> int:
-        """Scores of a page's tokens."""
-        return 4 * self.page_size
-
-    @property
-    def block_bytes(self) -> int:
-        """For `rows` queries: scores, and for codes what `fold` writes."""
-        return _aligned(self.rows * (self.score_bytes + 6 * max(self.key_dim, self.page_size))) + ALIGNMENT
 
     @property
     def sum_bytes(self) -> int:
