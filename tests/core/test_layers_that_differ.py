@@ -10,19 +10,9 @@ import pikv
 from pikv.adapters.compressors import Int2, Int4, Int8
 from pikv.core.exact import Exact
 from pikv.policies import Planned, Quest, Recent
+from pikv.testing.filled import filled
 
 MODEL = pikv.ModelConfig(layers=2, query_heads=4, kv_heads=2, head_dim=32)
-
-
-def filled(cache: pikv.PiKVCache, tokens: int) -> pikv.PiKVCache:
-    generator = torch.Generator().manual_seed(0)
-    for layer_id in range(len(cache.model.layers)):
-        q = torch.randn(1, 4, tokens, 32, generator=generator)
-        k, v = torch.randn(2, 1, 2, tokens, 32, generator=generator)
-        cache.update(layer_id, 0, k, v)
-        cache.attend(layer_id, q)
-    cache.finish_prefill()
-    return cache
 
 
 def test_an_allocators_bounds_hold_whatever_the_budget_leaves():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -11,21 +10,11 @@ import pikv
 from pikv.adapters.compressors import Int2, Int8
 from pikv.policies import Planned, Recent
 from pikv.testing.allocator import AllocatorConformance
+from pikv.testing.filled import filled
 
 pytestmark = pytest.mark.property
 MODEL = pikv.ModelConfig(layers=2, query_heads=4, kv_heads=2, head_dim=32)
 PARTS = {"token_selector": Recent(sinks=0, recent=16), "page_size": 16, "tail_tokens": 16}
-
-
-def filled(cache: pikv.PiKVCache, tokens: int) -> pikv.PiKVCache:
-    generator = torch.Generator().manual_seed(0)
-    for layer_id in range(len(cache.model.layers)):
-        q = torch.randn(1, 4, tokens, 32, generator=generator)
-        k, v = torch.randn(2, 1, 2, tokens, 32, generator=generator)
-        cache.update(layer_id, 0, k, v)
-        cache.attend(layer_id, q)
-    cache.finish_prefill()
-    return cache
 
 
 def tokens_of(cache: pikv.PiKVCache) -> list[list[int]]:
