@@ -3,7 +3,7 @@
 from pikv.compose import compose, runtime_from
 from pikv.core.attention import Partial
 from pikv.core.cache import PiKVCache
-from pikv.core.config import LayerConfig, ModelConfig, RuntimeConfig
+from pikv.core.config import LayerConfig, ModelConfig
 from pikv.core.errors import (
     ConfigError,
     DamagedError,
@@ -26,6 +26,7 @@ from pikv.core.pool import PagePool
 from pikv.core.ports.streamer import Version
 from pikv.core.reports import Description, StoredBytes
 from pikv.core.rotary import Rotary
+from pikv.core.runtime import RuntimeConfig
 from pikv.core.views import ContextKV
 
 __version__ = "0.1.0"

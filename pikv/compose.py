@@ -12,7 +12,7 @@ import torch
 
 from pikv.adapters.compressors import Int2, Int4, Int8, LowRank, Rotated
 from pikv.core.cache import PiKVCache
-from pikv.core.config import ModelConfig, RuntimeConfig
+from pikv.core.config import ModelConfig
 from pikv.core.errors import ConfigError, UnknownNameError
 from pikv.core.exact import Exact, KeepAll, LeastRecentlyRead, Refuse
 from pikv.core.missing_backend import MissingBackend
@@ -32,6 +32,7 @@ from pikv.core.ports import (
     TokenSelector,
     Transport,
 )
+from pikv.core.runtime import RuntimeConfig
 from pikv.core.torch_backend import TorchBackend
 from pikv.policies import (
     AdaKV,

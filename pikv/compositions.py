@@ -12,9 +12,10 @@ import attrs
 import torch
 
 from pikv.compose import NUMBERS, PARTS, build
-from pikv.core.config import LayerConfig, ModelConfig, RuntimeConfig
+from pikv.core.config import LayerConfig, ModelConfig
 from pikv.core.errors import ConfigError, UnknownNameError
 from pikv.core.ports import PageSelector
+from pikv.core.runtime import RuntimeConfig
 
 
 @final

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from pikv.core import layers
-from pikv.core.config import ModelConfig, RuntimeConfig
+from pikv.core.config import ModelConfig
 from pikv.core.errors import InputError
 from pikv.core.layer import NEVER, LayerCache
 from pikv.core.lineage import KnownTokens, Lineage, reads_with_loss, root_key
 from pikv.core.pool import PagePool
 from pikv.core.ports.backend import PageCodec
+from pikv.core.runtime import RuntimeConfig
 from pikv.core.serving import Served
 from pikv.core.tables import all_live, new_pages
 

@@ -16,8 +16,9 @@ from pikv.core.views import AllocationRequest
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from pikv.core.config import ModelConfig, RuntimeConfig
+    from pikv.core.config import ModelConfig
     from pikv.core.ports import Allocator
+    from pikv.core.runtime import RuntimeConfig
 
 
 @attrs.frozen(kw_only=True)

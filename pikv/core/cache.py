@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pikv.core import adopting, checkpoint, checks, layers, places, reading, restoring, routing, settling, showing
-from pikv.core.config import ModelConfig, RuntimeConfig
+from pikv.core.config import ModelConfig
 from pikv.core.errors import ConfigError, InputError, StateError
 from pikv.core.layer import LayerCache
 from pikv.core.lineage import Lineage, why_unshared
@@ -23,6 +23,7 @@ from pikv.core.ports.streamer import Version
 from pikv.core.prefetch import Prefetcher
 from pikv.core.rehearsal import Rehearsal
 from pikv.core.reports import Description, StoredBytes
+from pikv.core.runtime import RuntimeConfig
 from pikv.core.serving import describe, serve
 from pikv.core.settler import Settler
 from pikv.core.views import ContextKV, TokenView

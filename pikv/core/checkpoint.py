@@ -11,12 +11,13 @@ from torch import Tensor
 
 from pikv.core import records
 from pikv.core.components import composition
-from pikv.core.config import ModelConfig, RuntimeConfig
+from pikv.core.config import ModelConfig
 from pikv.core.errors import ConfigError
 from pikv.core.forms import PageForm
 from pikv.core.layer import LayerCache
 from pikv.core.pool import PagePool
 from pikv.core.ports import Manifest, Streamer, Ticket, Version
+from pikv.core.runtime import RuntimeConfig
 from pikv.core.states import taken_apart
 from pikv.core.tables import ABSENT
 

@@ -9,8 +9,9 @@ from typing import Any
 import attrs
 import torch
 
-from pikv.core.config import ModelConfig, RuntimeConfig
+from pikv.core.config import ModelConfig
 from pikv.core.errors import ConfigError
+from pikv.core.runtime import RuntimeConfig
 
 _BYTES = ("model", "page_size", "compressor", "forms", "place")
 """What decides what the stored bytes mean, and which tokens they are of."""

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from pikv.core.components import composition
-from pikv.core.config import ModelConfig, RuntimeConfig
+from pikv.core.config import ModelConfig
 from pikv.core.exact import Exact, Refuse
 from pikv.core.layer import LayerCache
 from pikv.core.ports.compressor import BasisCompressor, Compressor
 from pikv.core.prefix_index import PrefixIndex
+from pikv.core.runtime import RuntimeConfig
 
 FORMAT = 1  # of keys: another one whenever what they are made of changes
 

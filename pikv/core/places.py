@@ -11,7 +11,7 @@ from pikv.core import attention
 from pikv.core.attention import Partial
 
 if TYPE_CHECKING:
-    from pikv.core.config import RuntimeConfig
+    from pikv.core.runtime import RuntimeConfig
 
 
 def stored_here(runtime: RuntimeConfig, positions: Tensor) -> Tensor:

@@ -20,8 +20,9 @@ from pikv.core.slab import FreeRuns, physical_memory_bytes, reserve
 from pikv.core.tier_stack import TierStack
 
 if TYPE_CHECKING:
-    from pikv.core.config import ModelConfig, RuntimeConfig
+    from pikv.core.config import ModelConfig
     from pikv.core.ports import PageCodec, PageSelector
+    from pikv.core.runtime import RuntimeConfig
 
 _FREE = -1
 _NAMELESS = -1

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from pikv.core import attention, fused, places
 from pikv.core.attention import Partial
-from pikv.core.config import RuntimeConfig
 from pikv.core.layer import PADDING, LayerCache
 from pikv.core.page_reads import ReadCounter, left_out
 from pikv.core.ports.backend import Choice, ChooseKernel, Pages, StepKernel
 from pikv.core.ports.selector import MassSelector, PageSelector
 from pikv.core.prefetch import Prefetcher
+from pikv.core.runtime import RuntimeConfig
 from pikv.core.serving import Served
 from pikv.core.tail import EMPTY
 

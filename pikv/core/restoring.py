@@ -13,12 +13,13 @@ from pikv.core import records
 from pikv.core.basis import Basis
 from pikv.core.checkpoint import AT_ONCE, streamer_of
 from pikv.core.components import check_same, composition
-from pikv.core.config import ModelConfig, RuntimeConfig
+from pikv.core.config import ModelConfig
 from pikv.core.errors import DamagedError
 from pikv.core.layer import LayerCache
 from pikv.core.pool import PagePool
 from pikv.core.ports import Manifest, PageCodec, PageSelector, Streamer, Version
 from pikv.core.reports import LostTokens
+from pikv.core.runtime import RuntimeConfig
 from pikv.core.serving import Served
 from pikv.core.states import put_together
 from pikv.core.tables import ABSENT

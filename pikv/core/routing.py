@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pikv.core.config import ModelConfig, RuntimeConfig
+from pikv.core.config import ModelConfig
 from pikv.core.errors import ConfigError, InputError
 from pikv.core.ports.router import Router, Routing
+from pikv.core.runtime import RuntimeConfig
 
 
 def choose(model: ModelConfig, runtime: RuntimeConfig, probabilities: Tensor, *, batch: int, tokens: int) -> Routing:

@@ -7,11 +7,12 @@ from typing import Any
 
 import attrs
 
-from pikv.core.config import ModelConfig, RuntimeConfig
+from pikv.core.config import ModelConfig
 from pikv.core.errors import ConfigError
 from pikv.core.missing_backend import MissingBackend
 from pikv.core.ports.backend import AttendKernel, Backend, ChooseKernel, PageCodec, SealKernel
 from pikv.core.reports import Description
+from pikv.core.runtime import RuntimeConfig
 from pikv.core.turned import attend_kernel, seal_kernel
 
 _PARTS = (

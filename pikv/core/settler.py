@@ -8,11 +8,12 @@ import attrs
 
 from pikv.core import settling
 from pikv.core.budget import Budget, Share
-from pikv.core.config import ModelConfig, RuntimeConfig
+from pikv.core.config import ModelConfig
 from pikv.core.exact import Refuse
 from pikv.core.layer import LayerCache
 from pikv.core.pool import PagePool
 from pikv.core.ports.selector import SecondPassSelector
+from pikv.core.runtime import RuntimeConfig
 from pikv.core.serving import Served
 from pikv.core.slab import trim
 

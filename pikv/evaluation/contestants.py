@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, QuantizedCache
 
 from pikv.adapters.transformers import HostCache, attach
-from pikv.core.config import RuntimeConfig
 from pikv.core.errors import ConfigError
+from pikv.core.runtime import RuntimeConfig
 
 
 @attrs.frozen(kw_only=True)

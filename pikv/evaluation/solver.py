@@ -12,11 +12,12 @@ from tqdm import tqdm
 
 from pikv.adapters.transformers.families import model_config
 from pikv.core.cache import PiKVCache
-from pikv.core.config import LayerConfig, ModelConfig, RuntimeConfig
+from pikv.core.config import LayerConfig, ModelConfig
 from pikv.core.errors import ConfigError
 from pikv.core.exact import Exact
 from pikv.core.ports import Compressor
 from pikv.core.reports import StoredBytes
+from pikv.core.runtime import RuntimeConfig
 from pikv.evaluation.contestants import Composed
 from pikv.evaluation.items import Task
 from pikv.evaluation.plan import LayerLosses, Plan, solve

@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 
 from pikv.core.attention import attend
-from pikv.core.config import DTYPES, PAGE_SIZES, LayerConfig
+from pikv.core.config import DTYPES, LayerConfig
 from pikv.core.forms import ALIGNMENT, PageForm
 from pikv.core.ports.compressor import BasisCompressor, Compressor
+from pikv.core.runtime import PAGE_SIZES
 
 Side = Literal["keys", "values"]
 

@@ -11,9 +11,10 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pikv.core.config import PAGE_SIZES, LayerConfig
+from pikv.core.config import LayerConfig
 from pikv.core.ports import Observation
 from pikv.core.rotary import Rotary
+from pikv.core.runtime import PAGE_SIZES
 from pikv.core.views import AllocationRequest, TokenView
 
 

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn, SearchStrategy
 from torch import Tensor
 
-from pikv.core.config import DTYPES, PAGE_SIZES, LayerConfig, ModelConfig, RuntimeConfig
+from pikv.core.config import DTYPES, LayerConfig, ModelConfig
+from pikv.core.runtime import PAGE_SIZES, RuntimeConfig
 
 _DIMS = (1, 3, 8, 16, 20)
 _PADDED = ("none", "none", "left", "right", "middle", "scattered", "all")

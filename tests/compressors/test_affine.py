@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 
 import pikv
 from pikv.adapters.compressors import Int2, Int4, Int8
-from pikv.core.config import DTYPES, PAGE_SIZES
+from pikv.core.config import DTYPES
 from pikv.core.exact import Exact
 from pikv.core.forms import Affine, KeyPrefix
 from pikv.core.ports import Compressor
+from pikv.core.runtime import PAGE_SIZES
 from pikv.testing.compressor import CompressorConformance
 
 COMPRESSORS = {8: Int8(), 4: Int4(), 2: Int2()}

@@ -20,10 +20,11 @@ from pikv.adapters.transformers.latent import latent_kv
 from pikv.adapters.transformers.weights import weights_of
 from pikv.compose import installed_backends, runtime_from
 from pikv.core.cache import PiKVCache
-from pikv.core.config import ModelConfig, RuntimeConfig
+from pikv.core.config import ModelConfig
 from pikv.core.errors import ConfigError, InputError, StateError
 from pikv.core.pool import PagePool
 from pikv.core.ports import Backend
+from pikv.core.runtime import RuntimeConfig
 
 
 def attach(
