@@ -45,8 +45,23 @@ class Kept(abc.ABC):
     def held(self, cache: Cache) -> Held:
         """The bytes of a cache."""
 
+    @abc.abstractmethod
     def page_bytes_read(self, cache: Cache) -> tuple[int, int] | None:
-        """Bytes of pages and index read by the tokens since it was cut, and what they would have read of everything."""
+        """Bytes of pages and index read by the tokens since it was cut, and what they would have read of everything.
+
+        None for a cache that reads everything.
+        """
+
+
+class _KeptInTensors(Kept):
+    """In a cache of transformers, whose tensors are counted and read whole."""
+
+    @final
+    def held(self, cache: Cache) -> Held:
+        return Held(total=tensor_bytes(cache.layers))
+
+    @final
+    def page_bytes_read(self, cache: Cache) -> None:
         return None
 
 
@@ -129,14 +144,11 @@ class Quantized(Contestant):
 
 @final
 @attrs.frozen
-class _KeptByTransformers(Kept):
+class _KeptByTransformers(_KeptInTensors):
     new_cache: Any
 
     def read(self, model: Any, ids: Tensor, chunk: int) -> Cache:
         return by_chunks(model, self.new_cache(), ids, chunk)
-
-    def held(self, cache: Cache) -> Held:
-        return Held(total=tensor_bytes(cache.layers))
 
 
 @final
@@ -169,23 +181,20 @@ class Press(Contestant):
         if made is None:
             presses = ", ".join(sorted(name for name in dir(kvpress) if name.endswith("Press")))
             raise ConfigError(f"kvpress has no {self.press}; it has {presses}")
-        if self.press == "AdaKVPress":
+        if self.press == "AdaKVPress":  # it wraps another press, in its paper SnapKV, and has no ratio of its own
             return made(kvpress.SnapKVPress(compression_ratio=self.ratio))
         return made(compression_ratio=self.ratio)
 
 
 @final
 @attrs.frozen
-class _KeptByPress(Kept):
+class _KeptByPress(_KeptInTensors):
     config: Any
     press: Any
 
     def read(self, model: Any, ids: Tensor, chunk: int) -> Cache:
         with self.press(model):
             return by_chunks(model, DynamicCache(config=self.config), ids, ids.shape[1])
-
-    def held(self, cache: Cache) -> Held:
-        return Held(total=tensor_bytes(cache.layers))
 
 
 def tensor_bytes(holder: Any) -> int:
