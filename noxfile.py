@@ -15,6 +15,7 @@ import nox
 nox.options.sessions = ["lint", "types", "tests", "mpi"]
 nox.options.reuse_venv = "yes"
 
+SIDE_BY_SIDE = ("--numprocesses=logical", "--dist=worksteal")  # a test uses one core
 LONG = {"HYPOTHESIS_PROFILE": "long"}
 OLDEST, NEWEST = "5.2.0", "5.24.0"  # transformers: the lower bound of pyproject.toml, and the last one tried
 OF_TRANSFORMERS = ("hf-xet", "huggingface_hub", "tokenizers", "transformers", "typer")  # it chooses their versions
@@ -39,7 +40,7 @@ def types(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """All tests but the MPI ones and the slow ones, with full branch coverage of the core (without arguments)."""
     arguments = session.posargs or ["--cov", "--cov-report=term"]
-    session.run("pytest", "-m", "not mpi and not peers and not slow", *arguments)
+    session.run("pytest", "-m", "not mpi and not peers and not slow", *SIDE_BY_SIDE, *arguments)
 
 
 @nox.session(venv_backend="none")
@@ -51,7 +52,7 @@ def mpi(session: nox.Session) -> None:
 @nox.session(venv_backend="none")
 def properties(session: nox.Session) -> None:
     """The property tests, with many random examples each."""
-    session.run("pytest", "-m", "property", *session.posargs, env=LONG)
+    session.run("pytest", "-m", "property", *SIDE_BY_SIDE, *session.posargs, env=LONG)
 
 
 @nox.session(venv_backend="none")
@@ -88,7 +89,7 @@ def full(session: nox.Session) -> None:
     Then the other sessions of the long set, `tasks`, `transformers_oldest` and `transformers_newest`.
     """
     session.install("-c", "constraints.txt", "-e", ".[all,dev]")
-    session.run("pytest", "-m", "(slow or property) and not peers", *session.posargs, env=LONG)
+    session.run("pytest", "-m", "(slow or property) and not peers", *SIDE_BY_SIDE, *session.posargs, env=LONG)
     session.notify("tasks")
     session.notify("transformers_oldest")
     session.notify("transformers_newest")
@@ -114,7 +115,7 @@ def with_transformers(session: nox.Session, version: str) -> None:
     constraints.write_text("\n".join([*kept, f"transformers=={version}"]))
     session.install("-c", str(constraints), "-e", ".[numba,transformers,dev]")
     tests = ["tests/adapters/transformers", "tests/testing/test_cache_conformance.py"]
-    session.run("pytest", "-m", "not mpi and not peers", *(session.posargs or tests))
+    session.run("pytest", "-m", "not mpi and not peers", *SIDE_BY_SIDE, *(session.posargs or tests))
 
 
 @nox.session

@@ -20,5 +20,5 @@ torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 # Neither profile judges by the clock: a busy machine must not turn a test red.
 UNTIMED = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
 settings.register_profile("default", max_examples=30, derandomize=True, **UNTIMED)
-settings.register_profile("long", max_examples=1000, derandomize=False, print_blob=True, **UNTIMED)
+settings.register_profile("long", max_examples=500, derandomize=False, print_blob=True, **UNTIMED)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
