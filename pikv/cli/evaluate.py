@@ -36,7 +36,7 @@ def add_to(commands: Any) -> None:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, interrupted="what was scored is kept, and the same command goes on from there")
     parser.add_argument("model", help="a folder, or a name of a hub, that transformers can load a causal model from")
     contestants = parser.add_argument_group("contestants, beside the full cache")
     contestants.add_argument("--cache", action="append", default=[], metavar="COMPOSITION", help="may be given again")

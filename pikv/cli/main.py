@@ -7,10 +7,10 @@ import sys
 from collections.abc import Sequence
 
 import pikv
-from pikv.cli import evaluate
+from pikv.cli import evaluate, inspect_store
 from pikv.core.errors import PiKVError
 
-COMMANDS = (evaluate,)
+COMMANDS = (evaluate, inspect_store)
 WRONG_USE = 2  # the exit code, as argparse has it
 
 
@@ -28,5 +28,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"pikv: {error}", file=sys.stderr)
         return WRONG_USE
     except KeyboardInterrupt:
-        print("pikv: interrupted; what was scored is kept, and the same command goes on from there", file=sys.stderr)
+        print(f"pikv: interrupted; {given.interrupted}", file=sys.stderr)
         return 130

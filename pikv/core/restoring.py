@@ -16,6 +16,7 @@ from pikv.core.components import check_same, composition
 from pikv.core.config import ModelConfig
 from pikv.core.errors import DamagedError
 from pikv.core.layer import LayerCache
+from pikv.core.lost import lost_pages, lost_tokens
 from pikv.core.pool import PagePool
 from pikv.core.ports import Manifest, PageCodec, PageSelector, Streamer, Version
 from pikv.core.reports import LostTokens
@@ -138,19 +139,19 @@ def _read_pages(
 
 def _told(error: DamagedError, streamer: Streamer, version: Version | None) -> DamagedError:
     """The error with all that is lost, and what can be restored instead."""
-    lost = [] if version is None else _lost(streamer, version)
+    lost = () if version is None else _lost(streamer, version)
     good = streamer.newest_good()
     tokens = "".join(f"; {each}" for each in lost[:8]) + ("; ..." if len(lost) > 8 else "")
     instead = "no version is undamaged" if good is None else f"restore version={good!r}, the newest undamaged one"
-    return DamagedError(f"{error}{tokens}; {instead}", error.keys, lost=tuple(lost), newest_good=good)
+    return DamagedError(f"{error}{tokens}; {instead}", error.keys, lost=lost, newest_good=good)
 
 
-def _lost(streamer: Streamer, version: Version) -> list[LostTokens]:
+def _lost(streamer: Streamer, version: Version) -> tuple[LostTokens, ...]:
     """The tokens whose pages are missing or damaged; none where the manifest itself is."""
     try:
         manifest = streamer.manifest(version)
     except DamagedError:
-        return []
+        return ()
     damaged: list[int] = []
     for record_bytes, names in manifest.pages.items():
         for some in names.split(max(1, AT_ONCE // record_bytes)):
@@ -158,19 +159,4 @@ def _lost(streamer: Streamer, version: Version) -> list[LostTokens]:
                 streamer.read(version, some, torch.empty(len(some), record_bytes, dtype=torch.uint8)).wait()
             except DamagedError as error:
                 damaged += error.keys
-    return [tokens for number in manifest.facts["layers"] for tokens in _ranges(manifest, int(number), damaged)]
-
-
-def _ranges(manifest: Manifest, layer_id: int, damaged: list[int]) -> Iterable[LostTokens]:
-    """For each sequence of a layer the positions of damaged pages, those of all heads together.
-
-    What is known of a page that cannot be read: its last position, and that it begins after the page before.
-    """
-    names, newest = (manifest.states[f"layers.{layer_id}.table.{field}"] for field in ("ids", "newest"))
-    first = torch.cat([torch.zeros_like(newest[..., :1]), newest[..., :-1] + 1], dim=-1)
-    first = torch.maximum(first, manifest.states[f"layers.{layer_id}.forgotten"][:, None, None] + 1)
-    bad = torch.isin(names, torch.tensor(damaged, dtype=torch.int64))
-    for sequence in torch.nonzero(bad.any(-1).any(-1)).flatten().tolist():
-        spans = zip(first[sequence][bad[sequence]].tolist(), newest[sequence][bad[sequence]].tolist(), strict=True)
-        for start, stop in sorted(set(spans)):
-            yield LostTokens(layer_id=layer_id, sequence=sequence, first=start, last=stop)
+    return lost_tokens(lost_pages(manifest, damaged))

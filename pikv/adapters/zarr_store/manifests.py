@@ -72,6 +72,17 @@ def check_format(number: int, what: str) -> None:
         raise VersionError(f"{what} has format {number}, and this PiKV reads up to {FORMAT}; use a newer PiKV")
 
 
+def check_root(root: bytes, where: str) -> None:
+    """Raise VersionError unless this is the zarr.json of a PiKV store, of a format that is known."""
+    try:
+        number = arrays.attributes(root)["pikv_format"]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError) as error:
+        raise VersionError(
+            f"{where}: its zarr.json is not that of a PiKV store, or is damaged; give PiKV a folder of its own"
+        ) from error
+    check_format(number, where)
+
+
 def packed(states: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, tuple[str, list[int], int, int]]]:
     """All states in one run of bytes, each at a multiple of 64, and where each lies."""
     runs, tensors, offset = [], {}, 0

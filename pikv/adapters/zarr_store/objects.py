@@ -5,13 +5,14 @@ from __future__ import annotations
 import abc
 import contextlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, final
 
 import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError
 
+from pikv.core.errors import StoreError
 from pikv.core.files import read_at, write_at
 
 Ranges = Sequence[tuple[int, memoryview]]
@@ -205,3 +206,16 @@ def _as_os_errors() -> Any:
 
 def _first_line(error: Exception) -> str:
     return str(error).partition("\n")[0]  # the others are the library's own
+
+
+@contextlib.contextmanager
+def store_errors(what: str) -> Iterator[None]:
+    """Turn the system's errors into StoreError."""
+    try:
+        yield
+    except StoreError:
+        raise
+    except OSError as error:
+        raise StoreError(
+            f"store: {what} failed ({error}); what was committed before is unchanged. Look at the store and try again"
+        ) from error

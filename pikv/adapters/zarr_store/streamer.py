@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, final
 
@@ -15,10 +13,10 @@ from pikv.adapters.zarr_store import arrays, manifests
 from pikv.adapters.zarr_store.collecting import litter
 from pikv.adapters.zarr_store.history import History
 from pikv.adapters.zarr_store.manifests import Document
-from pikv.adapters.zarr_store.objects import Bucket, Folder, Objects
+from pikv.adapters.zarr_store.objects import Bucket, Folder, Objects, store_errors
 from pikv.adapters.zarr_store.segments import FOLDER
 from pikv.adapters.zarr_store.writing import PageWriter
-from pikv.core.errors import ConfigError, PageLostError, StateError, StoreError, VersionError
+from pikv.core.errors import ConfigError, PageLostError, StateError, StoreError
 from pikv.core.files import as_buffer
 from pikv.core.ports import Done, Manifest, Streamer, Ticket, Version
 from pikv.core.ports.memory_tier import check_batch
@@ -49,7 +47,7 @@ class ZarrStreamer(Streamer):
         if keep_versions is not None and keep_versions < 1:
             raise ConfigError(f"keep_versions must be at least 1, or None to keep all, got {keep_versions}")
         self._keep_versions, self._grace_s = keep_versions, grace_s
-        with _store_errors(f"opening {store}"):
+        with store_errors(f"opening {store}"):
             self._objects: Objects = Folder(Path(store)) if isinstance(store, (str, Path)) else Bucket(store)
             self._make_groups()
         self._history = History(self._objects)
@@ -66,14 +64,7 @@ class ZarrStreamer(Streamer):
             for name, group in ((FOLDER, arrays.group({})), (manifests.STATES, arrays.group({})), ("", root)):
                 with contextlib.suppress(FileExistsError):  # another process was quicker
                     self._objects.create(f"{name}/zarr.json".lstrip("/"), group)
-        try:
-            number = arrays.attributes(root)["pikv_format"]
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError) as error:
-            raise VersionError(
-                f"{self._objects}: its zarr.json is not that of a PiKV store, or is damaged; give PiKV a folder of "
-                "its own"
-            ) from error
-        manifests.check_format(number, str(self._objects))
+        manifests.check_root(root, str(self._objects))
 
     def append(self, keys: Tensor, pages: Tensor) -> Ticket:
         """Pages that fill a segment are written by a thread; fewer are copied, and wait."""
@@ -88,7 +79,7 @@ class ZarrStreamer(Streamer):
     def commit(self, manifest: Manifest) -> Version:
         """Pages first, then the states, then the document, each durable before the next is written."""
         self._check_open()
-        with _store_errors("a commit"):
+        with store_errors("a commit"):
             self._writer.finish()
             segments = self._segments(manifest)
             pages = {f"pages/{page_bytes}": keys for page_bytes, keys in manifest.pages.items()}
@@ -132,13 +123,13 @@ class ZarrStreamer(Streamer):
     def versions(self) -> list[Version]:
         """By the names of their documents."""
         self._check_open()
-        with _store_errors("listing versions"):
+        with store_errors("listing versions"):
             return self._history.versions()
 
     def manifest(self, version: Version | None = None) -> Manifest:
         """Read the document and the states, and check both."""
         self._check_open()
-        with _store_errors("reading a version"):
+        with store_errors("reading a version"):
             opened = self._history.open(version)
         self._writer.know(opened.catalog.segments)
         return opened.manifest
@@ -147,7 +138,7 @@ class ZarrStreamer(Streamer):
         """Read runs of pages, and check each page."""
         self._check_open()
         check_batch(keys, out)
-        with _store_errors(f"reading version {version}"):
+        with store_errors(f"reading version {version}"):
             self._history.read(version, keys, out)
         return Done()
 
@@ -167,7 +158,7 @@ class ZarrStreamer(Streamer):
         """
         versions = self.versions()
         kept = versions if self._keep_versions is None else versions[-self._keep_versions :]
-        with _store_errors("collecting"):
+        with store_errors("collecting"):
             documents = [self._history.document(version) for version in kept]  # first: a damaged one must stop this
             gone = [manifests.name_of(version.number) for version in versions if version not in kept]
             self._objects.delete(gone)
@@ -186,16 +177,3 @@ class ZarrStreamer(Streamer):
     def _check_open(self) -> None:
         if self._closed:
             raise StateError("ZarrStreamer: it is closed; open another")
-
-
-@contextlib.contextmanager
-def _store_errors(what: str) -> Iterator[None]:
-    """Turn the system's errors into StoreError."""
-    try:
-        yield
-    except StoreError:
-        raise
-    except OSError as error:
-        raise StoreError(
-            f"store: {what} failed ({error}); what was committed before is unchanged. Look at the store and try again"
-        ) from error
