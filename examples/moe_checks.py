@@ -8,6 +8,7 @@ from mixtral import Mixtral
 from torch import Tensor
 
 import pikv
+from pikv.core.ports import HeadSharding
 
 TOLERANCE = 1e-4  # of logits; and dense logits closer than this are a tie
 
@@ -74,17 +75,20 @@ def table(model: Mixtral, stored: list[Stored], tokens: int) -> str:
 def excesses(model: Mixtral, cache: pikv.PiKVCache, stored: list[Stored], tokens: int) -> list[str]:
     """Which ranks store more pages and tail than their share of `tokens` tokens, or other experts than their own.
 
-    A rank's share is the tokens that the sharding gives it. Beyond it there is room for a tail, the page that is
-    being filled and one page more.
+    A rank's share is the tokens and the heads that the sharding gives it. Beyond it there is room for a tail, the page
+    that is being filled and one page more.
     """
     config, runtime, ranks = model.config, cache.runtime, len(stored)
-    owners = runtime.sharding.owner(torch.arange(tokens), ranks) if runtime.sharding else torch.zeros(tokens)
+    groups = 1  # of heads
+    if isinstance(runtime.sharding, HeadSharding):
+        groups = runtime.sharding.head_groups(config.kv_heads, ranks)
+    owners = runtime.sharding.owner(torch.arange(tokens), ranks // groups)
     room = runtime.tail_tokens + 2 * runtime.page_size
     token = dense_bytes(model, 1) + config.layers * config.kv_heads * 4  # keys and values, and their positions
     expert = config.layers * 3 * config.hidden * config.intermediate * 4
     found = []
     for rank, row in enumerate(stored):
-        share = (int((owners == rank).sum()) + room) * token
+        share = (int((owners == rank // groups).sum()) + room) * token // groups
         if row.pages + row.tail > share:
             found.append(f"rank {rank} stores {row.pages + row.tail} bytes of pages and tail, its share is {share}")
         experts = len(range(rank, config.experts, ranks)) * expert

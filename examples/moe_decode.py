@@ -1,12 +1,13 @@
 """Decode greedily with a Mixtral whose experts and whose KV pages are spread over MPI ranks.
 
-Expert e lives at rank e % ranks; each rank stores the keys and values of its own token ranges, and partial attention
-is merged by its log-sum-exp. Every rank checks, by bytes, that it holds no more than that.
+Expert e lives at rank e % ranks; each rank stores the keys and values of its own KV heads or of its own token ranges
+(--shard-by; the heads and the ranks decide otherwise), and partial attention is merged by its log-sum-exp. Every rank
+checks, by bytes, that it holds no more than that.
 
 Examples:
   python examples/moe_decode.py                                one rank, the default prompt
   mpirun -n 4 python examples/moe_decode.py --verify           four ranks, against a dense decoder
-  mpirun -n 2 python examples/moe_decode.py --prompt 'import os' --tokens 50
+  mpirun -n 2 python examples/moe_decode.py --prompt 'import os' --tokens 50 --shard-by token_range
   python examples/moe_decode.py --budget-tokens 512 --token-selector recent --verify    how much a budget costs
 """
 
@@ -36,7 +37,7 @@ from pikv.core.ports.transport import Solo, Transport
 
 MODEL = Path(__file__).parents[1] / "downstream_tasks" / "models" / "tiny_moe"
 PAIRS = {"B": "ek", "Q": "xy", "7": "no", "W": "da"}  # hidden in the default prompt
-CHOSEN = ("allocator", "token_selector", "page_selector", "compressor", "router")  # by name
+CHOSEN = ("allocator", "token_selector", "page_selector", "compressor", "router", "shard_by")  # by name
 COMPOSED = (*CHOSEN, "budget_tokens", "tail_tokens", "page_size")
 LAUNCHED = ("PMI_SIZE", "PMIX_RANK", "OMPI_COMM_WORLD_SIZE")  # what mpirun of MPICH, of PMIx, of Open MPI sets
 
@@ -148,7 +149,7 @@ class Session:
             raise pikv.InputError("the prompt must have at least one token, got none; pass some text")
         described = model_config(config)
         names = {name: getattr(arguments, name) for name in COMPOSED if getattr(arguments, name) is not None}
-        runtime = pikv.runtime_from(names | {"shard_by": "token_range"}, described, transport=transport)
+        runtime = pikv.runtime_from(names, described, transport=transport)
         dense = None
         if arguments.verify and transport.rank == 0:
             dense = Decoder(Mixtral(arguments.model, Solo()), DenseCache(config))

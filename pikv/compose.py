@@ -27,6 +27,7 @@ from pikv.core.ports import (
     PagePredictor,
     PageSelector,
     Router,
+    ScoreAllocator,
     Sharding,
     Streamer,
     TokenSelector,
@@ -48,6 +49,7 @@ from pikv.policies import (
     KeyCodes,
     KeyDiff,
     KeyNorm,
+    KvHeads,
     KVzip,
     LagKV,
     LatencyAware,
@@ -102,7 +104,7 @@ PARTS: dict[str, dict[str, Callable[..., Any]]] = {
         "load_balance": LoadBalance,
         "top_k": TopK,
     },
-    "shard_by": {"token_range": TokenRange},
+    "shard_by": {"kv_heads": KvHeads, "token_range": TokenRange},
     "streamer": {"zarr": _zarr},
     "page_selector": {"key_codes": KeyCodes, "quest": Quest},
     "token_selector": {
@@ -153,6 +155,18 @@ def _cupy() -> Backend:
     return CupyGpu()
 
 
+def sharding_for(model: ModelConfig, ranks: int, allocator: Allocator | None = None) -> Sharding:
+    """By KV head, which sends least, where ranks divide the heads or are a multiple of them; else by token range.
+
+    allocator: one that splits a budget among heads by scores needs the scores of all heads, so it goes by token range.
+    """
+    heads = {layer.kv_heads for layer in model.layers}
+    divide = all(count % ranks == 0 or ranks % count == 0 for count in heads)
+    if len(heads) > 1 or not divide or isinstance(allocator, ScoreAllocator):
+        return TokenRange()
+    return KvHeads()
+
+
 def compose(
     model: ModelConfig,
     *,
@@ -179,9 +193,12 @@ def compose(
 
     compressor: of all layers, or a sequence of them, one for each layer.
     near_bytes: of pages that lie in the model's memory; by default all of it. The others go to the tiers.
+    transport: of the ranks that store the cache together; without a sharding, `sharding_for` chooses one.
 
     Raises ConfigError for a combination that cannot work, with the reason and the nearest one that does.
     """
+    if transport is not None and sharding is None:
+        sharding = sharding_for(model, transport.size, allocator)
     runtime = RuntimeConfig(
         allocator=Uniform() if allocator is None and budget_tokens is not None else allocator,
         token_selector=KeepAll() if token_selector is None else token_selector,
@@ -212,7 +229,7 @@ def runtime_from(names: Mapping[str, Any], model: ModelConfig, *, transport: Tra
 
     names: a part's name, or {"name": ..., setting: value}, for allocator, token_selector, page_selector, router,
     compressor, streamer, shard_by and when_full; for compressor also a list of them, one for each layer; whole numbers
-    for budget_tokens, page_size and tail_tokens. None stands for left out.
+    for budget_tokens, page_size and tail_tokens. None stands for left out. transport: as `compose` takes it.
 
     Raises UnknownNameError for a key or a name that does not exist, ConfigError for settings that cannot work.
     """
@@ -223,6 +240,8 @@ def runtime_from(names: Mapping[str, Any], model: ModelConfig, *, transport: Tra
     settings = {key: value if key in NUMBERS else _built(key, value) for key, value in given.items()}
     if "shard_by" in settings:
         settings["sharding"] = settings.pop("shard_by")
+    elif transport is not None:
+        settings["sharding"] = sharding_for(model, transport.size, settings.get("allocator"))
     if "budget_tokens" in settings:
         settings.setdefault("allocator", Uniform())
     return RuntimeConfig(transport=transport, backends=installed_backends(model.device), **settings)

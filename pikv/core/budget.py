@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from pikv.core.config import ModelConfig
+    from pikv.core.places import Places
     from pikv.core.ports import Allocator
     from pikv.core.runtime import RuntimeConfig
 
@@ -55,10 +56,12 @@ class Share:
 class Budget:
     """A mean of budget_tokens for each layer and KV head, shared out in whole pages by the allocator.
 
-    What exceeds whole pages beyond tail_tokens stays in the tail.
+    What exceeds whole pages beyond tail_tokens stays in the tail. places: who divides it. All heads are allocated for,
+    wherever they are stored, so that each gets what it would get on one place.
     """
 
     model: ModelConfig
+    places: Places
     allocator: Allocator
     budget_tokens: int
     tail_tokens: int
@@ -70,14 +73,16 @@ class Budget:
     _shares: list[Tensor] = attrs.field(factory=list, init=False)
 
     @classmethod
-    def of(cls, model: ModelConfig, runtime: RuntimeConfig) -> Budget | None:
-        """This place's share of the runtime's budget; None if it has none."""
+    def of(cls, places: Places, runtime: RuntimeConfig) -> Budget | None:
+        """This place's share of the runtime's budget; None if it has none. ConfigError if that is too little."""
         if runtime.budget_tokens is None or runtime.allocator is None:
             return None
+        runtime.check_budget(places.sharing)
         return cls(
-            model=model,
+            model=places.model,
+            places=places,
             allocator=runtime.allocator,
-            budget_tokens=runtime.budget_tokens // runtime.places,
+            budget_tokens=runtime.budget_tokens // places.sharing,
             tail_tokens=runtime.tail_tokens,
             page_size=runtime.page_size,
             sinks=runtime.token_selector.sinks,
@@ -115,9 +120,10 @@ class Budget:
         return (self.budget_tokens - self._in_tail) // self.page_size * rows
 
     def _split(self, request: AllocationRequest, pages: Tensor, layer_id: int, scores: Tensor | None) -> Tensor:
-        """The tokens of a layer's rows."""
+        """The tokens of a layer's rows, of the heads stored here."""
         shares = self.allocator.heads(request, layer_id, pages[:, layer_id], scores)
-        return shares[:, : self.model.layers[layer_id].kv_heads] * self.page_size + self._in_tail
+        own = self.places.own_heads(self.model.layers[layer_id].kv_heads)
+        return shares[:, own] * self.page_size + self._in_tail
 
     def _requested(self, needed: Tensor) -> AllocationRequest:
         """needed: int64 [sequences], the pages that a row without a window could fill."""

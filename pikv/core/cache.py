@@ -10,13 +10,14 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
-from pikv.core import adopting, checkpoint, checks, layers, places, reading, restoring, routing, settling, showing
+from pikv.core import adopting, checkpoint, checks, layers, reading, restoring, routing, settling, showing
 from pikv.core.config import ModelConfig
 from pikv.core.errors import ConfigError, InputError, StateError
 from pikv.core.layer import LayerCache
 from pikv.core.lineage import Lineage, why_unshared
 from pikv.core.modes import keeps_numbers
 from pikv.core.page_reads import PageReads, ReadCounter
+from pikv.core.places import Places
 from pikv.core.pool import PagePool
 from pikv.core.ports.router import Routing
 from pikv.core.ports.streamer import Version
@@ -49,10 +50,11 @@ class PiKVCache:
             raise ConfigError(f"pool must be on {model.device} like the model, got one on {self.pool.device}")
         self.runtime.check_serves(model)
         self._query_window = self.runtime.query_window
-        self._served = serve(model, self.runtime)
+        self._places = Places.of(model, self.runtime)
+        self._served = serve(self._places.stored_model(), self.runtime)
         for served in self._served:
             self.pool.check_serves(served.codec, self.runtime.page_selector)
-        self._settler = Settler.of(model, self.runtime, self.pool, self._served)
+        self._settler = Settler.of(self._places, self.runtime, self.pool, self._served)
         self._layers: dict[int, LayerCache] = {}
         self._rehearsal = Rehearsal(selector=self.runtime.remembers, layers=self._layers)
         self._reads = ReadCounter(self.runtime.page_selector)
@@ -106,6 +108,7 @@ class PiKVCache:
         positions = checks.positions(token_id, k.shape[0], k.shape[2])
         if self._layers:
             checks.same_batch(next(iter(self._layers.values())), k.shape[0], "k")
+        k, v = self._places.own(k), self._places.own(v)
         held = self._layers.get(layer_id)
         if self._lineage is not None:
             checks.begun(len(self._lineage.sequences), k.shape[0])
@@ -120,7 +123,7 @@ class PiKVCache:
             self._prefilling = True
         if self._lineage is not None:
             self._lineage.note(layer)
-        layer.append(k, v, positions, places.stored_here(self.runtime, positions))
+        layer.append(k, v, positions, self._places.stored(positions))
         self._layers[layer_id] = layer
 
     @keeps_numbers
@@ -136,6 +139,7 @@ class PiKVCache:
         """
         layer = self._read_layer(layer_id)
         checks.queries(self.model, layer, q)
+        q = self._places.own(q)
         # An answer waits if settling raised after the other places were asked, who will not be asked again.
         output = self._answer(layer, q) if layer.answer is None else layer.answer
         if not layer.settled:
@@ -145,7 +149,7 @@ class PiKVCache:
 
     def _answer(self, layer: LayerCache, q: Tensor) -> Tensor:
         served = self._served[layer.layer_id]
-        output = reading.answer(layer, served, q, self.runtime, self._reads, self._prefetcher)
+        output = reading.answer(layer, served, q, self._places, self._reads, self._prefetcher)
         showing.ask(layer, q, self._query_window, self._rehearsal.remembers(prefilling=self._prefilling))
         return output
 

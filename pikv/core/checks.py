@@ -77,7 +77,7 @@ def _finite(name: str, states: Tensor, layer_id: int) -> None:
 
 def queries(model: ModelConfig, held: LayerCache, q: Tensor) -> None:
     """Raise unless q is of the last update's tokens, and these may still be asked about."""
-    config, tokens = held.config, held.queried.shape[1]
+    config, tokens = model.layers[held.layer_id], held.queried.shape[1]
     if q.dim() == 4 and q.shape[2] and not tokens:
         raise StateError(f"layer {held.layer_id}: its last update brought no tokens, or was cropped; call update first")
     shape = (held.sequences, config.query_heads, tokens, config.key_dim)

@@ -8,14 +8,15 @@ import math
 import torch
 from torch import Tensor
 
-from pikv.core import attention, fused, places
+from pikv.core import attention, fused
 from pikv.core.attention import Partial
+from pikv.core.config import LayerConfig
 from pikv.core.layer import PADDING, LayerCache
 from pikv.core.page_reads import ReadCounter, left_out
+from pikv.core.places import Places
 from pikv.core.ports.backend import Choice, ChooseKernel, Pages, StepKernel
 from pikv.core.ports.selector import MassSelector, PageSelector
 from pikv.core.prefetch import Prefetcher
-from pikv.core.runtime import RuntimeConfig
 from pikv.core.serving import Served
 from pikv.core.tail import EMPTY
 
@@ -70,28 +71,29 @@ def answer(
     layer: LayerCache,
     served: Served,
     queries: Tensor,
-    runtime: RuntimeConfig,
+    places: Places,
     reads: ReadCounter,
     prefetcher: Prefetcher | None,
 ) -> Tensor:
     """Attention over what all places store: [sequences, query_heads, tokens, value_dim] in the queries' dtype.
 
-    queries: [sequences, query_heads, tokens, key_dim] of the last update's tokens; padding that stands nowhere gets 0.
+    queries: [sequences, query_heads, tokens, key_dim] of the last update's tokens, of the heads stored here; padding
+    that stands nowhere gets 0.
     """
     grouped = queries.unflatten(1, (layer.config.kv_heads, layer.config.group))
     stored = attend(layer, served, grouped, layer.asked_from(), reads, prefetcher)
-    partial = with_sinks(layer, places.merged(runtime, stored))
+    partial = with_sinks(places.model.layers[layer.layer_id], places.merged(stored))
     output = partial.output.flatten(1, 2).to(queries.dtype)
     if layer.padded:
         output = output.masked_fill((layer.queried == PADDING)[:, None, :, None].to(output.device), 0)
     return output
 
 
-def with_sinks(layer: LayerCache, partial: Partial) -> Partial:
+def with_sinks(config: LayerConfig, partial: Partial) -> Partial:
     """The same with the layer's sink logits, which take their weight once however many places were merged."""
-    if layer.config.sinks is None:
+    if config.sinks is None:
         return partial
-    logits = _sink_logits(layer.config.sinks, partial.output.device).view(layer.config.kv_heads, -1, 1)
+    logits = _sink_logits(config.sinks, partial.output.device).view(config.kv_heads, -1, 1)
     return attention.merge([partial, attention.sink(logits, like=partial)])
 
 

@@ -18,6 +18,7 @@ from pikv.core.ports import (
     Compressor,
     Demotion,
     FullPool,
+    HeadSharding,
     MemoryTier,
     NeedsRotary,
     PagePredictor,
@@ -112,10 +113,15 @@ class RuntimeConfig:
                 f"tail_tokens must be >= recent = {selector.recent} of {type(selector).__name__}, since the recent "
                 f"window lives in the tail, got {self.tail_tokens}; raise it or lower recent"
             )
-        least = self.tail_tokens + -(-selector.sinks // self.page_size) * self.page_size
-        if self.budget_tokens < least * self.places:
+        self.check_budget(1 if isinstance(self.sharding, HeadSharding) else self.places)
+
+    def check_budget(self, sharing: int) -> None:
+        """Raise ConfigError if a budget is too little for so many ranks that divide a head's tokens."""
+        sinks = -(-self.token_selector.sinks // self.page_size) * self.page_size
+        least = self.tail_tokens + sinks
+        if self.budget_tokens is not None and self.budget_tokens < least * sharing:
             raise ConfigError(
-                f"budget_tokens must be >= ranks * (tail_tokens + the pages that hold the sinks) = {self.places} * "
+                f"budget_tokens must be >= ranks * (tail_tokens + the pages that hold the sinks) = {sharing} * "
                 f"{least}, got {self.budget_tokens}; raise it or lower tail_tokens"
             )
 

@@ -11,6 +11,7 @@ from pikv.core.budget import Budget, Share
 from pikv.core.config import ModelConfig
 from pikv.core.exact import Refuse
 from pikv.core.layer import LayerCache
+from pikv.core.places import Places
 from pikv.core.pool import PagePool
 from pikv.core.ports.selector import SecondPassSelector
 from pikv.core.runtime import RuntimeConfig
@@ -32,9 +33,9 @@ class Settler:
     budget: Budget | None
 
     @classmethod
-    def of(cls, model: ModelConfig, runtime: RuntimeConfig, pool: PagePool, served: list[Served]) -> Settler:
-        """With the runtime's budget, if it has one."""
-        return cls(model=model, runtime=runtime, pool=pool, served=served, budget=Budget.of(model, runtime))
+    def of(cls, places: Places, runtime: RuntimeConfig, pool: PagePool, served: list[Served]) -> Settler:
+        """With this place's share of the runtime's budget, if it has one."""
+        return cls(model=places.model, runtime=runtime, pool=pool, served=served, budget=Budget.of(places, runtime))
 
     @property
     def evicts(self) -> bool:

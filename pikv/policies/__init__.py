@@ -17,6 +17,7 @@ from pikv.policies.importance import Importance
 from pikv.policies.key_codes import KeyCodes
 from pikv.policies.key_norm import KeyNorm
 from pikv.policies.keydiff import KeyDiff
+from pikv.policies.kv_heads import KvHeads
 from pikv.policies.kvzip import KVzip
 from pikv.policies.lagkv import LagKV
 from pikv.policies.latency_aware import LatencyAware
@@ -51,6 +52,7 @@ __all__ = [
     "KeyCodes",
     "KeyDiff",
     "KeyNorm",
+    "KvHeads",
     "LagKV",
     "LatencyAware",
     "LeastOftenRead",

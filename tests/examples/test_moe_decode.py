@@ -36,11 +36,9 @@ def prompt_file(tmp_path):
     return file
 
 
-@every_count_of_ranks
-def test_decoding_agrees_with_the_dense_decoder(model_folder, prompt_file, ranks):
-    """All tokens, on one rank and on several, and each rank stores its share only."""
+def check_decoding(model_folder, prompt_file, ranks, *more):
     sizes = ["--page-size", 16, "--tail-tokens", 16, "--tokens", 40, "--chunk", 100]
-    done = moe_decode(ranks, "--model", model_folder, "--prompt-file", prompt_file, "--verify", *sizes)
+    done = moe_decode(ranks, "--model", model_folder, "--prompt-file", prompt_file, "--verify", *sizes, *more)
     assert done.returncode == 0, done.stderr
     assert "40 of 40 tokens agree" in done.stdout
     assert f"ranks: {ranks}\n" in done.stdout
@@ -48,6 +46,19 @@ def test_decoding_agrees_with_the_dense_decoder(model_folder, prompt_file, ranks
     pages = [int(pages.replace(",", "")) for pages, _ in rows]
     assert len(pages) == ranks
     assert all(pages), "every rank seals pages"
+    return done.stdout
+
+
+@every_count_of_ranks
+def test_decoding_agrees_with_the_dense_decoder(model_folder, prompt_file, ranks):
+    """All tokens, on one rank and on several, and each rank stores its share only: its heads, and its tokens."""
+    assert "KvHeads(tokens=64)" in check_decoding(model_folder, prompt_file, ranks)
+
+
+@pytest.mark.parametrize("ranks", [pytest.param(2, marks=needs_mpi)])
+def test_decoding_by_token_range_agrees(model_folder, prompt_file, ranks):
+    """As by KV head."""
+    assert "TokenRange(tokens=64)" in check_decoding(model_folder, prompt_file, ranks, "--shard-by", "token_range")
 
 
 def test_the_default_prompt_asks_for_a_pair_that_it_hides(model_folder):

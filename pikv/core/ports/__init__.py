@@ -31,7 +31,7 @@ from pikv.core.ports.selector import (
     SecondPassSelector,
     TokenSelector,
 )
-from pikv.core.ports.sharding import Sharding
+from pikv.core.ports.sharding import HeadSharding, Sharding
 from pikv.core.ports.streamer import Manifest, Streamer, Version
 from pikv.core.ports.transport import Transport
 
@@ -50,6 +50,7 @@ __all__ = [
     "Done",
     "FormCompressor",
     "FullPool",
+    "HeadSharding",
     "IndexForm",
     "IndexMeaning",
     "IndexedPages",

@@ -1,4 +1,4 @@
-"""The sharding port: which place stores a token. A place is a rank of the transport."""
+"""The sharding port: which place stores what. A place is a rank of the transport."""
 
 from __future__ import annotations
 
@@ -13,3 +13,18 @@ class Sharding(abc.ABC):
     @abc.abstractmethod
     def owner(self, positions: Tensor, places: int) -> Tensor:
         """Return the place of each token: int64, the shape of positions, each below `places`."""
+
+
+class HeadSharding(Sharding):
+    """Divide the KV heads too.
+
+    Places form a grid: place p has group p mod groups of the heads, which stand side by side, and of these heads the
+    tokens that `owner` gives to number p // groups of the places that share them.
+    """
+
+    @abc.abstractmethod
+    def head_groups(self, kv_heads: int, places: int) -> int:
+        """Return how many groups of the same number of heads there are, a divisor of places and of kv_heads.
+
+        Raises ConfigError where these places do not divide such heads.
+        """
