@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections import Counter
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
 
 from downstream_tasks.shared.examples import Item
 
@@ -48,3 +49,40 @@ def _best_line(item: Item) -> str:
 
 def _words(text: str) -> set[str]:
     return set(re.findall(r"\w+", text.lower()))
+
+
+class Grams:
+    """How often tokens follow up to order - 1 others, smoothed by how many different ones do.
+
+    Source: Witten and Bell, The zero-frequency problem, 1991, method C, as interpolated n-grams.
+    """
+
+    def __init__(self, texts: Iterable[Sequence[int]], *, order: int) -> None:
+        self._order = order
+        followed: defaultdict[tuple[int, ...], Counter[int]] = defaultdict(Counter)
+        for text in texts:
+            for end, token in enumerate(text):
+                for length in range(min(order, end + 1)):
+                    followed[tuple(text[end - length : end])][token] += 1
+        self._seen = {before: (counts, counts.total()) for before, counts in followed.items()}
+
+    def perplexity(self, texts: Iterable[tuple[Sequence[int], Sequence[int]]]) -> float:
+        """Of tokens, each text's after those that come before it."""
+        cost, tokens = 0.0, 0
+        for before, text in texts:
+            read, most = [*before, *text], self._order - 1
+            for end in range(len(before), len(read)):
+                cost -= math.log(self._probability(read[max(0, end - most) : end], read[end]))
+            tokens += len(text)
+        return math.exp(cost / max(1, tokens))
+
+    def _probability(self, before: Sequence[int], token: int) -> float:
+        known, _ = self._seen[()]
+        probability = 1 / (len(known) + 1)  # one more than were seen, for all that were not
+        for length in range(len(before) + 1):
+            found = self._seen.get(tuple(before[len(before) - length :]))
+            if found is None:
+                break
+            counts, total = found
+            probability = (counts[token] + len(counts) * probability) / (total + len(counts))
+        return probability

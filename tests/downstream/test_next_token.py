@@ -39,6 +39,16 @@ def test_too_many_pairs_are_refused(text: str) -> None:
         generate_data.recall_sample(text, np.random.default_rng(1), length=40, pairs=9)
 
 
+def test_what_is_hidden_is_asked_for_after_more_text(text: str) -> None:
+    """The first half hides all pairs, and nothing else of the passage is changed."""
+    passage = text[3000:3600]
+    made = generate_data.continued(passage, np.random.default_rng(4), pairs=5)
+    assert len(set(made.asked)) == 5
+    assert all(f"{question}{value}\n" in "\n" + made.read for question, value in made.asked)
+    kept = [line for line in made.read.split("\n") if f"\n{line}" not in {"".join(pair) for pair in made.asked}]
+    assert "\n".join(kept) + made.follows == passage[:300] + "\n" + passage[300:]
+
+
 def test_rows_mark_their_answers(text: str) -> None:
     """A row is a sample of exactly the stage's length, and the marked tokens are letters."""
     stage = generate_data.Stage(length=400, pairs=(2, 5), samples=6)
@@ -59,9 +69,11 @@ def test_held_out_files_are_not_trained_on(text: str) -> None:
 
 def test_the_tokenizer_gives_the_ids_of_the_data() -> None:
     """The tokenizer that is saved with a model and the data's own table agree, unknown characters included."""
-    train_llm = pytest.importorskip("train_llm", reason="transformers and accelerate are missing: pikv[tasks]")
+    train_from_scratch = pytest.importorskip(
+        "train_from_scratch", reason="transformers and accelerate are missing: pikv[tasks]"
+    )
     sample = "def f(x):\n    return '\u00e9' + x  # ~@{}\n"
-    tokenizer = train_llm.character_tokenizer()
+    tokenizer = train_from_scratch.character_tokenizer()
     assert tokenizer.encode(sample) == generate_data.token_ids(sample).tolist()
     assert tokenizer.decode(tokenizer.encode("if x > 1:\n    pass\n")) == "if x > 1:\n    pass\n"
 
@@ -71,42 +83,38 @@ def run(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-def test_data_and_training_run_from_end_to_end(tmp_path: Path) -> None:
+def test_data_and_training_run_from_end_to_end(tmp_path: Path, text: str) -> None:
     """The two commands of the docs, on a thousandth of the data, give a folder that transformers loads."""
     transformers = pytest.importorskip("transformers", reason="transformers is missing: pikv[tasks]")
     made = run("generate_data.py", "--output", tmp_path / "data", "--scale", 0.0001)
     assert made.returncode == 0, made.stderr
-    trained = run("train_llm.py", "--data", tmp_path / "data", "--output", tmp_path / "model", "--report_samples", 1)
+    line = ("--data", tmp_path / "data", "--output", tmp_path / "model", "--report_samples", 1)
+    trained = run("train_from_scratch.py", *line)
     assert trained.returncode == 0, trained.stderr
     described = json.loads((tmp_path / "model" / "report.json").read_text())
     assert described["parameters"] == 1_014_912
+    assert (tmp_path / "data" / "validation.txt").read_text() == text
     assert 0 < described["measures"]["bits per character, held-out text"] < 20
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     assert model.num_parameters() == described["parameters"]
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (("--model_type", "distributed"), "--model_type distributed is not served yet"),
-        (("--use_lora",), "--use_lora is not served yet"),
-        ((), "has no curriculum.json; run generate_data.py"),
-    ],
-)
-def test_what_is_not_served_says_so(tmp_path: Path, flags: tuple[str, ...], message: str) -> None:
-    """A flag that is not served yet, or data that is not there, ends with one line and exit code 2."""
+def test_data_that_is_not_there_is_named(tmp_path: Path) -> None:
+    """Training from scratch without stages ends with one line and exit code 2."""
     pytest.importorskip("transformers", reason="transformers is missing: pikv[tasks]")
-    done = run("train_llm.py", "--data", tmp_path, "--output", tmp_path / "model", *flags)
+    done = run("train_from_scratch.py", "--data", tmp_path, "--output", tmp_path / "model")
     assert done.returncode == 2
-    assert message in done.stderr
+    assert "has no curriculum.json; run generate_data.py" in done.stderr
     assert "Traceback" not in done.stderr
 
 
 def test_the_shipped_model_recalls() -> None:
     """It recalls 95 % of 8 pairs in 2048 characters of text that it never saw, as its report says."""
-    train_llm = pytest.importorskip("train_llm", reason="transformers and accelerate are missing: pikv[tasks]")
+    train_from_scratch = pytest.importorskip(
+        "train_from_scratch", reason="transformers and accelerate are missing: pikv[tasks]"
+    )
     transformers = pytest.importorskip("transformers", reason="transformers is missing: pikv[tasks]")
     reported = json.loads((SHIPPED / "report.json").read_text())["measures"]
     assert reported["recall of 8 pairs in 2048 characters"] >= 0.95
     model = transformers.AutoModelForCausalLM.from_pretrained(SHIPPED).float().eval()
-    assert train_llm.recall_accuracy(model, length=2048, pairs=8, samples=25) >= 0.95
+    assert train_from_scratch.recall_accuracy(model, length=2048, pairs=8, samples=25) >= 0.95

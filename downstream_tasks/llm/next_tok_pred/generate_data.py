@@ -4,6 +4,9 @@ The text is the Python standard library's source. A recall sample hides lines su
 by repeating them in another order: whoever still holds the first occurrence can write the values.
 
     python downstream_tasks/llm/next_tok_pred/generate_data.py --output /tmp/tiny_data
+
+The folder has the stages that train_from_scratch.py goes through, and the text alone, train.txt and validation.txt,
+which train_llm.py takes as its --data.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import string
+from collections.abc import Sequence
 from pathlib import Path
 
 import attrs
@@ -73,6 +77,15 @@ def _pairs(rng: np.random.Generator, count: int) -> list[str]:
     return [f"@{key}{''.join(value)}\n" for key, value in zip(keys, values, strict=True)]
 
 
+def _hidden(passage: str, lines: Sequence[str], rng: np.random.Generator) -> str:
+    """The passage with lines somewhere between its own."""
+    rows = passage.split("\n")
+    places = sorted(rng.integers(0, len(rows) + 1, size=len(lines)).tolist(), reverse=True)
+    for place, line in zip(places, lines, strict=True):
+        rows.insert(place, line.rstrip("\n"))
+    return "\n".join(rows) + "\n"
+
+
 def recall_sample(text: str, rng: np.random.Generator, *, length: int, pairs: int) -> Sample:
     """Hide `pairs` pairs in a passage of `text` and repeat them at its end.
 
@@ -83,11 +96,7 @@ def recall_sample(text: str, rng: np.random.Generator, *, length: int, pairs: in
     if passage_length < 1:
         raise ValueError(f"{pairs} pairs need more than {length} characters; raise length or hide fewer")
     start = int(rng.integers(len(text) - passage_length))
-    rows = text[start : start + passage_length].split("\n")
-    places = sorted(rng.integers(0, len(rows) + 1, size=pairs).tolist(), reverse=True)
-    for place, line in zip(places, lines, strict=True):
-        rows.insert(place, line.rstrip("\n"))
-    context = ("\n".join(rows) + "\n")[-length:]
+    context = _hidden(text[start : start + passage_length], lines, rng)[-length:]
     context = context.rjust(length, "\n")
     rng.shuffle(lines)
     answers, cursor = [], len(context)
@@ -95,6 +104,24 @@ def recall_sample(text: str, rng: np.random.Generator, *, length: int, pairs: in
         cursor += len(line)
         answers.append(slice(cursor - 1 - VALUE_LETTERS, cursor - 1))
     return Sample(text=context + "".join(lines), answers=tuple(answers))
+
+
+@attrs.frozen
+class Continued:
+    """A text to read that hides pairs, what follows it, and the pairs asked for, each a line `@Q` that `xy` ends."""
+
+    read: str
+    follows: str
+    asked: tuple[tuple[str, str], ...]
+
+
+def continued(passage: str, rng: np.random.Generator, *, pairs: int) -> Continued:
+    """Hide `pairs` pairs in the first half of a passage, and ask for them after its second half, in another order."""
+    lines, half = _pairs(rng, pairs), len(passage) // 2
+    read = _hidden(passage[:half], lines, rng)
+    rng.shuffle(lines)
+    asked = tuple(("\n" + line[:QUESTION], line[QUESTION:].rstrip("\n")) for line in lines)
+    return Continued(read, passage[half:], asked)
 
 
 def recall_rows(text: str, rng: np.random.Generator, stage: Stage) -> tuple[np.ndarray, np.ndarray]:
@@ -119,7 +146,7 @@ def text_rows(text: str, rng: np.random.Generator, *, length: int, samples: int)
 
 
 def main() -> None:
-    """Write one file a stage, and curriculum.json, to --output."""
+    """Write one file a stage, curriculum.json, and the text, to --output."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="the folder to write to; made if missing")
     parser.add_argument("--seed", type=int, default=0)
@@ -136,6 +163,8 @@ def main() -> None:
         names.append(f"stage-{number}-{stage.length}.npz")
         np.savez(arguments.output / names[-1], ids=ids, answers=answers)
     (arguments.output / "curriculum.json").write_text(json.dumps({"seed": arguments.seed, "stages": names}, indent=2))
+    for name, passages in (("train", text), ("validation", standard_library(held_out=True))):
+        (arguments.output / f"{name}.txt").write_text(passages, encoding="utf-8")
     print(f"{len(names)} stages of text and recall in {arguments.output}")
 
 

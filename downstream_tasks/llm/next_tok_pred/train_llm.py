@@ -1,256 +1,198 @@
-"""Train a small Mixtral from scratch on text and recall, and say how well it does on data it never saw.
+r"""Train a causal model to write text that goes on, and see how well it does from a cache.
 
-    python downstream_tasks/llm/next_tok_pred/generate_data.py --output /tmp/tiny_data
-    python downstream_tasks/llm/next_tok_pred/train_llm.py --data /tmp/tiny_data --output /tmp/tiny_moe
+    python downstream_tasks/llm/next_tok_pred/train_llm.py --output /tmp/next_token
+    python downstream_tasks/llm/next_tok_pred/train_llm.py --output /tmp/lora --use_lora --learning_rate 1e-2
+    python downstream_tasks/llm/next_tok_pred/train_llm.py --data book.txt --model YOUR_MODEL --output /tmp/book
 
-The curriculum's stages are trained one after another and saved, so that a run that was cut off goes on after the last.
-All but the last two, which learn the text, end early once their pairs are recalled. The few characters that answer
-questions weigh as much as all of the text.
+Without --data the text is the source of installed packages, of which files are held out. Your own is plain text or has
+the column text. It is cut into samples that do not overlap. In the first half of each, lines such as `@Qxy` are hidden,
+and their values are asked for at its end. The model is trained on all of it. It is evaluated by reading the first half
+into a cache, which is cut and sealed then: by the perplexity of the text that follows, a few tokens at a time, and by
+the hidden values that it would write.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import shlex
+import math
 import sys
-import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import final
 
-import generate_data
+import attrs
 import numpy as np
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from torch.utils.data import Dataset
-from transformers import (
-    MixtralConfig,
-    MixtralForCausalLM,
-    PreTrainedTokenizerFast,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-    set_seed,
-)
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
-IGNORED = -100  # the label that transformers leaves out of a loss
-EVALUATION_SEED = 1_000_003
-DONE = "stage.json"  # written into the folder of a stage that is trained
-CHECKED_STEPS, ENOUGH_RECALL = 100, 0.985  # how often a stage is checked, and when it is learned
-BATCH_LENGTH = 256  # characters: --batch_size counts samples of this length, so a step's tokens stay the same
+sys.path.insert(0, str(Path(__file__).parents[3]))  # scripts are run by their path
 
+from downstream_tasks.llm.next_tok_pred import generate_data
+from downstream_tasks.shared import baselines, flags, loaders, models, results, sources
+from downstream_tasks.shared.caches import Read, Reader
+from downstream_tasks.shared.errors import TaskError, exit_with
+from downstream_tasks.shared.examples import IGNORED, Example
+from downstream_tasks.shared.results import Scores
+from downstream_tasks.shared.run import Task, run
 
-class StageRows(Dataset):
-    """The samples of one stage. Labels are [2, tokens]: of the text, and of the answers; IGNORED elsewhere."""
-
-    def __init__(self, file: Path) -> None:
-        with np.load(file) as arrays:
-            self.ids, self.answers = arrays["ids"], arrays["answers"]
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        ids = torch.from_numpy(self.ids[index].astype(np.int64))
-        answers = torch.from_numpy(self.answers[index])
-        return {
-            "input_ids": ids,
-            "labels": torch.stack([ids.masked_fill(answers, IGNORED), ids.masked_fill(~answers, IGNORED)]),
-        }
+PACKAGES = ("networkx", "numpy", "scipy")
+CHUNK = 8  # tokens that follow, at a time: fewer than a page, so that they are decoded and not a second prompt
+ORDER = 6  # of the n-grams that a model is compared with
 
 
-def character_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a character, with the ids that `generate_data.token_ids` gives."""
-    tokens = [*generate_data.SPECIALS, *generate_data.CHARACTERS]
-    tokens += [f"<reserved_{number}>" for number in range(generate_data.VOCABULARY - len(tokens))]
-    tokenizer = Tokenizer(models.WordLevel({token: index for index, token in enumerate(tokens)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    )
+@final
+@attrs.frozen(kw_only=True)
+class Continuation(Example):
+    """A prompt, and as its answer what follows it: so many tokens of text, and then questions for hidden values.
+
+    values: where in the answer these stand.
+    """
+
+    text: int
+    values: tuple[slice, ...] = ()
 
 
-def new_model() -> MixtralForCausalLM:
-    """A Mixtral of one million parameters with random weights."""
-    return MixtralForCausalLM(
-        MixtralConfig(
-            vocab_size=generate_data.VOCABULARY,
-            hidden_size=128,
-            intermediate_size=128,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=32,
-            num_local_experts=4,
-            num_experts_per_tok=2,
-            max_position_embeddings=8192,
-            sliding_window=None,
-            output_router_logits=True,
-            router_aux_loss_coef=0.01,
-            initializer_range=0.06,  # hidden_size is small: at the usual 0.02, attention to the past forms late
-            pad_token_id=0,
-            bos_token_id=1,
-            eos_token_id=2,
-        )
-    )
+def installed(*, held_out: bool) -> str:
+    """The sources of PACKAGES, one after another."""
+    return "\n".join(each.text for each in sources.documents(PACKAGES) if each.held_out == held_out)
 
 
-def text_and_answers(outputs, labels: torch.Tensor, num_items_in_batch=None) -> torch.Tensor:
-    """The mean loss over the text, plus that over the answers, plus the experts' balance loss."""
-    logits = outputs.logits[:, :-1].flatten(0, 1)
-    text, answers = (
-        torch.nn.functional.cross_entropy(logits, labels[:, kind, 1:].flatten(), ignore_index=IGNORED)
-        for kind in (0, 1)
-    )
-    return text + answers + 0.01 * outputs.aux_loss
+def own(path: Path) -> tuple[str, str]:
+    """The texts of --data, one after another."""
+    split = loaders.load(path, columns=("text",))
+    train, held_out = ("\n\n".join(str(row["text"]) for row in rows) for rows in (split.train, split.held_out))
+    return train, held_out
 
 
-@torch.inference_mode()
-def recall_accuracy(model: MixtralForCausalLM, *, length: int, pairs: int, samples: int) -> float:
-    """The share of hidden pairs, in held-out text, whose whole value the model writes greedily.
+class Samples:
+    """Cuts a text into samples of at most max_tokens, in which pairs are hidden."""
 
-    The answers are given to the model as they should be; a value counts when its every character is the most
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, max_tokens: int, pairs: int) -> None:
+        self._tokenizer, self._max_tokens, self._pairs = tokenizer, max_tokens, pairs
+
+    def of(self, text: str, *, samples: int, seed: Sequence[int]) -> list[Continuation]:
+        """So many samples at most, from anywhere in a text. Raises TaskError if it has none."""
+        characters = self._characters(text)
+        starts = np.arange(0, len(text) - characters + 1, characters)
+        if not len(starts):
+            raise TaskError(
+                f"a text of {len(text)} characters is too short for one sample of {characters}; lower --max_tokens, or "
+                "give more text, to train on and to hold out"
+            )
+        rng = np.random.default_rng(seed)
+        passages = (text[start : start + characters] for start in rng.permutation(starts)[:samples].tolist())
+        return [self._encoded(generate_data.continued(each, rng, pairs=self._pairs)) for each in passages]
+
+    def _characters(self, text: str) -> int:
+        """The length of a passage that with its pairs, twice, has about max_tokens."""
+        seen = text[: 16 * self._max_tokens]
+        hidden = 2 * self._pairs * len("\n@Qxy")
+        characters = self._max_tokens * len(seen) // max(1, len(self._ids(seen))) - hidden
+        if characters < hidden:
+            raise TaskError(
+                f"--max_tokens {self._max_tokens} has no room for --pairs {self._pairs} twice and as much text; raise "
+                "one or lower the other"
+            )
+        return characters
+
+    def _encoded(self, made: generate_data.Continued) -> Continuation:
+        start: list[int] = self._tokenizer("").input_ids  # what the tokenizer puts before every text, mostly nothing
+        prompt, asked, values = [*start, *self._ids(made.read)], list[int](), list[slice]()
+        for question, value in made.asked:
+            asked += self._ids(question)
+            values.append(slice(len(asked), len(asked) + len(self._ids(value))))
+            asked += self._ids(value)
+        follows = self._ids(made.follows)[: max(0, self._max_tokens - len(prompt) - len(asked))]
+        moved = tuple(slice(len(follows) + span.start, len(follows) + span.stop) for span in values)
+        return Continuation(prompt=prompt, answer=follows + asked, text=len(follows), values=moved)
+
+    def _ids(self, text: str) -> list[int]:
+        ids: list[int] = self._tokenizer(text, add_special_tokens=False).input_ids
+        return ids
+
+
+def whole(example: Continuation) -> Example:
+    """To train on: all of it is to be written."""
+    return Example(prompt=[], answer=example.prompt + example.answer)
+
+
+def measure(reader: Reader, examples: Sequence[Continuation]) -> tuple[Scores, int]:
+    """The perplexity of the text that follows the prompts, and the share of hidden values that greedy decoding writes.
+
+    Everything that follows is given to the model as it should be; a value counts when its every token is the most
     likely one, which is when greedy decoding would have written it.
     """
-    text = generate_data.standard_library(held_out=True)
-    rng = np.random.default_rng(EVALUATION_SEED)
-    right = asked = 0
-    for _ in range(samples):
-        sample = generate_data.recall_sample(text, rng, length=length, pairs=pairs)
-        ids = torch.from_numpy(generate_data.token_ids(sample.text).astype(np.int64))[None]
-        best = model(input_ids=ids).logits[0].argmax(-1)
-        for span in sample.answers:
-            right += torch.equal(best[span.start - 1 : span.stop - 1], ids[0, span])
-        asked += len(sample.answers)
-    return right / asked
+    cost = tokens = right = asked = nbytes = 0
+    for batch, read in reader.batches(examples):
+        spent, likely = _told(reader, read, [example.answer for example in batch])
+        for row, example in enumerate(batch):
+            cost, tokens = cost + float(spent[row, : example.text].sum()), tokens + example.text
+            right += sum(bool(likely[row, span].all()) for span in example.values)
+            asked += len(example.values)
+        nbytes += read.nbytes
+    recall = {"recall": right / asked} if asked else {}
+    return {"perplexity": math.exp(cost / max(1, tokens)), **recall}, nbytes
 
 
-@torch.inference_mode()
-def bits_per_character(model: MixtralForCausalLM, *, length: int = 2048, samples: int = 16) -> float:
-    """The mean over held-out passages of -log2 p(next character)."""
-    text = generate_data.standard_library(held_out=True)
-    rng = np.random.default_rng(EVALUATION_SEED)
-    rows = torch.from_numpy(generate_data.text_rows(text, rng, length=length, samples=samples).astype(np.int64))
-    losses = [
-        torch.nn.functional.cross_entropy(model(input_ids=row[None]).logits[0, :-1], row[1:]).item() for row in rows
-    ]
-    return float(np.mean(losses) / np.log(2))
-
-
-def report(model: MixtralForCausalLM, *, samples: int) -> dict[str, float]:
-    """What the model does on data it never saw, by the name of each measure."""
-    model.eval()
-    measures = {"bits per character, held-out text": round(bits_per_character(model), 3)}
-    for length in (512, 1024, 2048, 4096):
-        for pairs in (8, 32):
-            name = f"recall of {pairs} pairs in {length} characters"
-            measures[name] = round(recall_accuracy(model, length=length, pairs=pairs, samples=samples), 4)
-            print(f"{name}: {measures[name]:.1%}", flush=True)
-    return measures
-
-
-class StopWhenRecalled(TrainerCallback):
-    """End a stage early once nearly all of its held-out pairs are recalled."""
-
-    def __init__(self, rows: StageRows) -> None:
-        self.pairs = int(rows.answers.sum(1).max()) // generate_data.VALUE_LETTERS  # the most that a sample hides
-        self.length = rows.ids.shape[1] - len("@Qxy\n") * self.pairs
-
-    def on_step_end(self, args, state, control, model=None, **kwargs):
-        """Check every so often, and after the last step."""
-        if state.global_step % CHECKED_STEPS == 0 or state.global_step == state.max_steps:
-            model.eval()
-            accuracy = recall_accuracy(model, length=self.length, pairs=self.pairs, samples=20)
-            model.train()
-            print(
-                f"step {state.global_step}: recall of {self.pairs} pairs in {self.length} is {accuracy:.1%}", flush=True
-            )
-            control.should_training_stop |= accuracy >= ENOUGH_RECALL
-
-
-def train_stage(
-    model: MixtralForCausalLM, file: Path, arguments: argparse.Namespace, *, scratch: Path, remaining: int
-) -> None:
-    """Train one stage; `remaining` come after it. Only the last one's learning rate falls; all take the same tokens."""
-    rows = StageRows(file)
-    length = rows.ids.shape[1]
-    settings = TrainingArguments(
-        output_dir=str(scratch),
-        per_device_train_batch_size=max(1, arguments.batch_size * BATCH_LENGTH // length),
-        learning_rate=arguments.learning_rate,
-        num_train_epochs=arguments.num_epochs,
-        lr_scheduler_type="constant_with_warmup" if remaining else "cosine",
-        warmup_steps=50,
-        weight_decay=0.01,
-        adam_beta2=0.98,
-        max_grad_norm=1.0,
-        logging_steps=50,
-        save_strategy="no",
-        report_to=[],
-        seed=arguments.seed,
-        use_cpu=not torch.cuda.is_available(),
+def _told(reader: Reader, read: Read, answers: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """What each token of the answers cost, -log p, and whether it was the most likely one: [batch, longest answer]."""
+    longest = max(map(len, answers))
+    wanted = torch.full((len(answers), longest), IGNORED, device=read.last.device)
+    for row, answer in enumerate(answers):
+        wanted[row, : len(answer)] = torch.tensor(answer)
+    given = torch.cat([read.last, wanted[:, :-1]], dim=1)
+    mask = torch.cat([read.mask[:, :-1], (given != IGNORED).to(read.mask.dtype)], dim=1)
+    seen = read.mask.shape[1] - 1
+    shown = given.masked_fill(given == IGNORED, 0)  # any token will do where the mask says that there is none
+    logits = torch.cat(
+        [
+            reader.step(read, shown[:, first : first + CHUNK], mask[:, : seen + first + CHUNK])
+            for first in range(0, longest, CHUNK)
+        ],
+        dim=1,
     )
-    callbacks = [StopWhenRecalled(rows)] if remaining > 1 else []
-    Trainer(model, settings, train_dataset=rows, compute_loss_func=text_and_answers, callbacks=callbacks).train()
+    costs = torch.nn.functional.cross_entropy(logits.transpose(1, 2), wanted, ignore_index=IGNORED, reduction="none")
+    return costs, logits.argmax(-1) == wanted
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="the folder that generate_data.py wrote")
-    parser.add_argument("--output", type=Path, required=True, help="where the trained model goes")
-    parser.add_argument("--model_type", choices=("single", "distributed"), default="single")
-    parser.add_argument("--use_lora", action="store_true", help="not served yet")
-    parser.add_argument("--rank", type=int, default=4, help="of LoRA; not served yet")
-    parser.add_argument("--alpha", type=float, default=1.0, help="of LoRA; not served yet")
-    parser.add_argument("--batch_size", type=int, default=16, help="samples of 256 characters a step")
-    parser.add_argument("--learning_rate", type=float, default=2e-3)
-    parser.add_argument("--num_epochs", type=int, default=1, help="passes over each stage")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--report_samples", type=int, default=100, help="recall samples for each number reported")
-    arguments = parser.parse_args()
-    if arguments.model_type == "distributed":
-        parser.error("--model_type distributed is not served yet; use --model_type single")
-    if arguments.use_lora:
-        parser.error("--use_lora is not served yet: there is no base model to adapt; train from scratch without it")
-    if not (arguments.data / "curriculum.json").is_file():
-        parser.error(f"--data {arguments.data} has no curriculum.json; run generate_data.py --output {arguments.data}")
-    return arguments
+def task(asked: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> Task:
+    """The task as its flags ask for it."""
+    texts = own(asked.data) if asked.data else tuple(installed(held_out=out) for out in (False, True))
+    cut = Samples(tokenizer, max_tokens=asked.max_tokens, pairs=asked.pairs)
+    train, held_out = (
+        cut.of(text, samples=samples, seed=[asked.seed, number])
+        for number, (text, samples) in enumerate(zip(texts, (asked.train_samples, asked.eval_samples), strict=True))
+    )
+    return Task(
+        name="next token",
+        examples=lambda _: ([whole(each) for each in train], held_out),
+        baselines=lambda: compared(asked, train, held_out),
+        measure=measure,
+    )
 
 
-def main() -> None:
-    """Train, report, save."""
-    arguments = parse_arguments()
-    set_seed(arguments.seed)
-    model, scratch = new_model(), arguments.output / "scratch"
-    stages = json.loads((arguments.data / "curriculum.json").read_text())["stages"]
-    for remaining, name in zip(reversed(range(len(stages))), stages, strict=True):
-        finished = scratch / Path(name).stem
-        if (finished / DONE).is_file():
-            print(f"{name} was trained before: {finished}", flush=True)
-            model = MixtralForCausalLM.from_pretrained(finished)
-            continue
-        print(name, flush=True)
-        started = time.monotonic()
-        train_stage(model, arguments.data / name, arguments, scratch=scratch, remaining=remaining)
-        model.save_pretrained(finished)
-        (finished / DONE).write_text(json.dumps({"minutes": (time.monotonic() - started) / 60}))
-    minutes = sum(json.loads(path.read_text())["minutes"] for path in scratch.glob(f"*/{DONE}"))
+def compared(
+    asked: argparse.Namespace, train: Sequence[Continuation], held_out: Sequence[Continuation]
+) -> dict[str, Scores]:
+    """The model before training, and n-grams of the tokens that it was trained on."""
+    grams = baselines.Grams([example.prompt + example.answer for example in train], order=ORDER)
+    perplexity = grams.perplexity((example.prompt, example.answer[: example.text]) for example in held_out)
+    scores = {f"{ORDER}-grams of the tokens trained on": {"perplexity": perplexity}}
+    if asked.eval_only:
+        return scores
+    before, tokenizer = models.load(asked)
+    rows = results.with_each_cache(before.to(asked.device), held_out, [], measure, pad=tokenizer.pad_token_id)
+    return {"model, before training": rows[0].scores, **scores}
 
-    model.config.output_router_logits = False  # was for the training's load balance; it breaks generate's second turn
-    model.config.use_cache = True
-    model.half().save_pretrained(arguments.output)
-    character_tokenizer().save_pretrained(arguments.output)
-    measures = report(model.float(), samples=arguments.report_samples)
-    described = {
-        "command": shlex.join(["python", *sys.argv]),
-        "seed": arguments.seed,
-        "training minutes": round(minutes, 1),
-        "parameters": model.num_parameters(),
-        "torch": torch.__version__,
-        "measures": measures,
-    }
-    (arguments.output / "report.json").write_text(json.dumps(described, indent=2) + "\n")
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Train and evaluate."""
+    parser = flags.parser(__doc__, train_samples=640, eval_samples=160, max_tokens=512)
+    parser.add_argument("--pairs", type=int, choices=range(37), default=4, metavar="0..36", help="hidden in a sample")
+    asked = flags.parse(parser, arguments)
+    run(lambda tokenizer: task(asked, tokenizer), asked)
 
 
 if __name__ == "__main__":
-    main()
+    exit_with(main)
