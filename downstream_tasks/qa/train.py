@@ -13,6 +13,7 @@ answer to `K`). Your own data is SQuAD JSON, or has the columns context, questio
 from __future__ import annotations
 
 import argparse
+import functools
 import re
 import string
 import sys
@@ -32,7 +33,7 @@ from downstream_tasks.shared.caches import Read, Reader, more
 from downstream_tasks.shared.errors import TaskError, exit_with
 from downstream_tasks.shared.examples import Encoder, Example, Item
 from downstream_tasks.shared.results import Scores
-from downstream_tasks.shared.run import Task, run
+from downstream_tasks.shared.run import Task, run, split
 
 PACKAGES = ("networkx", "numpy", "python", "scipy", "sklearn", "sympy", "torch")
 ENTRY = re.compile(
@@ -69,7 +70,7 @@ def fact_item(passage: str, rng: np.random.Generator) -> Item:
     return item("\n".join(lines), str(keys[0]), [values[0]])
 
 
-def generated(*, samples: int, held_out: bool, characters: int, seed: int) -> list[Item]:
+def generated(samples: int, held_out: bool, *, characters: int, seed: int) -> list[Item]:
     """Questions over passages of documentation, every second one for a hidden fact."""
     rng = np.random.default_rng([seed, held_out])
     files = [each for each in sources.documents(PACKAGES) if each.held_out == held_out]
@@ -173,19 +174,14 @@ class Answers:
 
 def task(asked: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> Task:
     """The task as its flags ask for it."""
-    sizes = (asked.train_samples, asked.eval_samples)
-    if asked.data:
-        train, held_out = (items[:limit] for items, limit in zip(own(asked.data), sizes, strict=True))
-    else:
-        characters = asked.max_tokens - 64  # room for the facts, the question and the answer
-        train, held_out = (
-            generated(samples=samples, held_out=out, characters=characters, seed=asked.seed)
-            for samples, out in zip(sizes, (False, True), strict=True)
-        )
+    characters = asked.max_tokens - 64  # room for the facts, the question and the answer
+    made = functools.partial(generated, characters=characters, seed=asked.seed)
+    train, held_out = split(asked, own, made)
     encode = Encoder(tokenizer, max_tokens=asked.max_tokens)
     return Task(
         name="question answering",
-        examples=lambda _: ([encode(each) for each in train], [encode(each) for each in held_out]),
+        train=[encode(each) for each in train],
+        held_out=[encode(each) for each in held_out],
         baselines=lambda: compared(train, held_out),
         measure=Answers(tokenizer),
     )
@@ -204,7 +200,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Train and evaluate."""
     parser = flags.parser(__doc__, train_samples=1200, eval_samples=400, max_tokens=320)
     asked = flags.parse(parser, arguments)
-    run(lambda tokenizer: task(asked, tokenizer), asked)
+    run(functools.partial(task, asked), asked)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ needs the columns text and label.
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import string
 import sys
@@ -30,14 +31,14 @@ from downstream_tasks.shared.caches import Reader
 from downstream_tasks.shared.errors import TaskError, exit_with
 from downstream_tasks.shared.examples import Encoder, Example, Item
 from downstream_tasks.shared.results import Scores
-from downstream_tasks.shared.run import Task, run
+from downstream_tasks.shared.run import Task, run, split
 
 PACKAGES = ("accelerate", "networkx", "numpy", "peft", "sympy", "tokenizers", "torch", "transformers")
 LETTERS = string.ascii_uppercase + string.ascii_lowercase
 CUE = "\n?"
 
 
-def passages(*, samples: int, held_out: bool, characters: int, seed: int) -> list[tuple[str, str]]:
+def passages(samples: int, held_out: bool, *, characters: int, seed: int) -> list[tuple[str, str]]:
     """Texts and their packages, about the same number of each; they begin at the beginning of a line."""
     rng = np.random.default_rng([seed, held_out])
     found: list[tuple[str, str]] = []
@@ -90,14 +91,8 @@ class Answers:
 
 def task(asked: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> Task:
     """The task as its flags ask for it."""
-    if asked.data:
-        train, held_out = (texts[:limit] for texts, limit in zip(own(asked.data), sizes(asked), strict=True))
-    else:
-        settings = {"characters": 4 * asked.max_tokens, "seed": asked.seed}  # a token is seldom more characters
-        train, held_out = (
-            passages(samples=samples, held_out=out, **settings)
-            for samples, out in zip(sizes(asked), (False, True), strict=True)
-        )
+    made = functools.partial(passages, characters=4 * asked.max_tokens, seed=asked.seed)  # a token is seldom more
+    train, held_out = split(asked, own, made)
     labels = sorted({label for _, label in train})
     if not 2 <= len(labels) <= len(LETTERS):
         raise TaskError(
@@ -108,14 +103,11 @@ def task(asked: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> Task:
     encode = Encoder(tokenizer, max_tokens=asked.max_tokens)
     return Task(
         name="text classification",
-        examples=lambda _: tuple([encode(item) for item in each] for each in items),
+        train=[encode(item) for item in items[0]],
+        held_out=[encode(item) for item in items[1]],
         baselines=lambda: compared(*items),
         measure=Answers(tokenizer, list(letters.values())),
     )
-
-
-def sizes(asked: argparse.Namespace) -> tuple[int, int]:
-    return asked.train_samples, asked.eval_samples
 
 
 def compared(train: Sequence[Item], held_out: Sequence[Item]) -> dict[str, Scores]:
@@ -132,7 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Train and evaluate."""
     parser = flags.parser(__doc__, train_samples=1600, eval_samples=400, max_tokens=256)
     asked = flags.parse(parser, arguments)
-    run(lambda tokenizer: task(asked, tokenizer), asked)
+    run(functools.partial(task, asked), asked)
 
 
 if __name__ == "__main__":

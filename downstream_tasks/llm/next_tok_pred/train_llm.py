@@ -14,6 +14,7 @@ the hidden values that it would write.
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 import sys
 from collections.abc import Sequence
@@ -166,7 +167,8 @@ def task(asked: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> Task:
     )
     return Task(
         name="next token",
-        examples=lambda _: ([whole(each) for each in train], held_out),
+        train=[whole(each) for each in train],
+        held_out=held_out,
         baselines=lambda: compared(asked, train, held_out),
         measure=measure,
     )
@@ -191,7 +193,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = flags.parser(__doc__, train_samples=640, eval_samples=160, max_tokens=512)
     parser.add_argument("--pairs", type=int, choices=range(37), default=4, metavar="0..36", help="hidden in a sample")
     asked = flags.parse(parser, arguments)
-    run(lambda tokenizer: task(asked, tokenizer), asked)
+    run(functools.partial(task, asked), asked)
 
 
 if __name__ == "__main__":
