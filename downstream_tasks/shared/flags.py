@@ -120,5 +120,7 @@ def _check(made: argparse.ArgumentParser, flags: argparse.Namespace) -> None:
         made.error("--dtype float16 trains on a GPU only; use --dtype bfloat16, or --device cuda")
     if flags.device.startswith("cuda") and not torch.cuda.is_available():
         made.error(f"--device {flags.device} is not there: torch finds no GPU; use --device cpu")
+    if flags.output.exists() and not flags.output.is_dir():
+        made.error(f"--output {flags.output} is a file; name a folder, which is made if it is missing")
     if flags.eval_only and flags.resume:
         made.error("--eval_only trains nothing, so there is nothing to --resume; leave one out")

@@ -56,7 +56,10 @@ def _folder(path: Path) -> Split:
 def _saved_dataset(path: Path) -> Split:
     from datasets import DatasetDict, load_from_disk  # here: it takes a second
 
-    loaded = load_from_disk(str(path))
+    try:
+        loaded = load_from_disk(str(path))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise TaskError(f"--data {path} must be a folder that datasets saved: {error!r}; save it again") from error
     if not isinstance(loaded, DatasetDict):
         return _tenth(list(loaded), path)
     held_out = next((loaded[name] for name in ("validation", "test") if name in loaded), None)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -32,7 +33,7 @@ def load(flags: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenize
             model = AutoPeftModelForCausalLM.from_pretrained(flags.model, dtype=torch.float32).merge_and_unload()
         else:
             model = AutoModelForCausalLM.from_pretrained(flags.model, dtype=torch.float32)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise TaskError(
             f"--model {flags.model} must be a folder that transformers saved, or a hub name within reach: "
             f"{str(error).splitlines()[0]}"

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +21,12 @@ from transformers import (
 )
 from transformers.integrations import TensorBoardCallback
 
-from downstream_tasks.shared import models
+from downstream_tasks.shared import checkpoints
 from downstream_tasks.shared.balance import load_balance
 from downstream_tasks.shared.callbacks import CsvLog, Progress
 from downstream_tasks.shared.errors import TaskError
 from downstream_tasks.shared.examples import IGNORED, Example, Rows
-from downstream_tasks.shared.flags import NEWEST
 from downstream_tasks.shared.processes import Ranks, lost
-
-CHECKPOINTS, RUN = "checkpoints", "run.json"
-_SAME = ("batch_size", "gradient_accumulation", "learning_rate", "num_epochs", "seed", "dtype", "load_balance")
 
 
 class TaskTrainer(Trainer):
@@ -104,12 +99,11 @@ def train(
             f"--batch_size must be at most the {len(examples)} samples to train on, got {flags.batch_size}: steps are "
             "whole batches; lower it or give more data"
         )
-    folder = flags.output / CHECKPOINTS
-    described = describe(model, examples, flags, task=task)
-    checkpoint = resumed(folder, flags.resume, described)
+    folder = flags.output / checkpoints.FOLDER
+    described = checkpoints.describe(model, examples, flags, task=task)
+    checkpoint = checkpoints.resumed(folder, flags.resume, described)
     if ranks.first:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / RUN).write_text(json.dumps(described, indent=2) + "\n")
+        checkpoints.begin(folder, described)
     trainer = TaskTrainer(
         model,
         balance_weight=flags.load_balance,
@@ -154,46 +148,3 @@ def settings(flags: argparse.Namespace, ranks: Ranks, folder: Path) -> TrainingA
         report_to="none",
         disable_tqdm=True,  # Progress draws the bar
     )
-
-
-def describe(model: nn.Module, examples: Sequence[Example], flags: argparse.Namespace, *, task: str) -> dict[str, Any]:
-    """What must be the same for a resumed run to have the same losses."""
-    return {
-        "task": task,
-        "model": type(model).__name__,
-        "shape": models.fingerprint(model),
-        "lora": [flags.rank, flags.alpha] if flags.use_lora else None,
-        "samples": len(examples),
-        "tokens": sum(len(example.prompt) + len(example.answer) for example in examples),
-        **{name: getattr(flags, name) for name in _SAME},
-    }
-
-
-def resumed(folder: Path, asked: str | None, described: Mapping[str, Any]) -> str | None:
-    """The checkpoint to go on from, or None. Raises TaskError if there is none, or it is of another model or run."""
-    if asked is None:
-        return None
-    checkpoint = _newest(folder) if asked == NEWEST else Path(asked)
-    if checkpoint is None or not (checkpoint / "trainer_state.json").is_file():
-        raise TaskError(
-            f"--resume found no checkpoint {'in ' + str(folder) if asked == NEWEST else asked}; start without it"
-        )
-    written = checkpoint.parent / RUN
-    if not written.is_file():
-        raise TaskError(
-            f"{checkpoint} has no {RUN} beside it, so it is not of these tasks; give one of --output/{CHECKPOINTS}"
-        )
-    before = json.loads(written.read_text())
-    differs = {name: (before.get(name), value) for name, value in described.items() if before.get(name) != value}
-    if differs:
-        said = "; ".join(f"{name} was {old!r} and is {new!r}" for name, (old, new) in differs.items())
-        raise TaskError(
-            f"{checkpoint} is of another model or run: {said}; give the same flags, or start without --resume"
-        )
-    return str(checkpoint)
-
-
-def _newest(folder: Path) -> Path | None:
-    """The newest checkpoint that was written to its end, which trainer_state.json marks; None if there is none."""
-    complete = [state.parent for state in folder.glob("checkpoint-*/trainer_state.json")]
-    return max(complete, key=lambda checkpoint: int(checkpoint.name.split("-")[1]), default=None)

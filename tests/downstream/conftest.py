@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[2]
 SHIPPED = ROOT / "downstream_tasks" / "models" / "tiny_moe"
 CLASSIFICATION = ROOT / "downstream_tasks" / "text_classification" / "train.py"
 Run = Callable[..., subprocess.CompletedProcess[str]]
+Line = Callable[..., list[str]]
 
 
 @pytest.fixture(scope="session")
@@ -44,6 +45,28 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
         rows.append(json.dumps({"text": text, "label": letters}))
     file.write_text("\n".join(rows) + "\n")
     return file
+
+
+@pytest.fixture(scope="session")
+def line(small_model: Path, texts: Path) -> Line:
+    """The flags of a run of 6 steps, in the order of a command line."""
+
+    def flags(output: Path, *more: object) -> list[str]:
+        small: tuple[object, ...] = ("--model", small_model, "--data", texts, "--batch_size", 16, "--num_epochs", 2)
+        steps = ("--save_steps", 3, "--logging_steps", 1, "--warmup_steps", 2, "--learning_rate", 3e-3)
+        return [*map(str, (*small, *steps, "--max_tokens", 64, "--cache", "int8", "--output", output, *more))]
+
+    return flags
+
+
+@pytest.fixture(scope="session")
+def trained(line: Line, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output of one run in one process."""
+    from downstream_tasks.text_classification import train  # here: it needs what small_model skips without
+
+    output = tmp_path_factory.mktemp("trained")
+    train.main(line(output))
+    return output
 
 
 @pytest.fixture

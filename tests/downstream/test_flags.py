@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import socket
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,7 @@ def test_a_bad_file_is_refused(tmp_path: Path, text: str, message: str, capsys: 
     [
         (("--dtype", "float16", "--device", "cpu"), "--dtype float16 trains on a GPU only; use --dtype bfloat16"),
         (("--eval_only", "--resume"), "there is nothing to --resume"),
+        (("--output", __file__), "test_flags.py is a file; name a folder"),
     ],
 )
 def test_flags_that_do_not_go_together(line: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -121,6 +123,26 @@ def test_a_batch_is_shared_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     environment(monkeypatch, 1)
     with pytest.raises(TaskError, match=r"--batch_size must be a multiple of .* = 2 \* 1, got 33"):
         distributed(tmp_path, "--batch_size", 33)
+
+
+def test_weights_that_are_cut_short(tmp_path: Path, small_model: Path) -> None:
+    """A model's folder whose weights cannot be read is an error of --model."""
+    shutil.copytree(small_model, tmp_path / "model")
+    weights = tmp_path / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(TaskError, match=r"--model .* must be a folder that transformers saved"):
+        train.main(["--output", str(tmp_path / "out"), "--model", str(tmp_path / "model")])
+
+
+@pytest.mark.slow
+def test_bad_data_ends_all_processes(tmp_path: Path, start: Any) -> None:
+    """Under torchrun each says what is wrong with the data, and none waits for another."""
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
+    line = (SCRIPT, "--output", tmp_path / "out", "--data", tmp_path / "rows.jsonl", "--model_type", "distributed")
+    done = start(*line, processes=2)
+    assert done.returncode != 0
+    assert "error: --data" in done.stderr
+    assert "train row 1 lacks label and has text; rename its columns to text, label" in done.stderr
 
 
 def test_a_script_ends_with_one_line(tmp_path: Path, start: Any) -> None:

@@ -78,6 +78,15 @@ def test_a_folder_that_datasets_saved(tmp_path: Path) -> None:
     assert list(loaders.load(tmp_path / "whole", columns=("text",)).held_out) == [ROWS[9], ROWS[19]]
 
 
+def test_a_folder_of_datasets_that_is_damaged(tmp_path: Path) -> None:
+    """A table that is gone is an error of --data."""
+    datasets = pytest.importorskip("datasets", reason="datasets is missing: pikv[tasks]")
+    datasets.Dataset.from_list(ROWS).save_to_disk(str(tmp_path))
+    next(tmp_path.glob("*.arrow")).unlink()
+    with pytest.raises(TaskError, match=r"must be a folder that datasets saved: .*; save it again"):
+        loaders.load(tmp_path, columns=("text",))
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [

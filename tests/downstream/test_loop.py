@@ -21,31 +21,10 @@ import torch
 pytest.importorskip("peft", reason="peft is missing: pikv[tasks]")
 transformers = pytest.importorskip("transformers", reason="transformers is missing: pikv[tasks]")
 
-from downstream_tasks.shared.errors import TaskError  # noqa: E402  # after the skips
-from downstream_tasks.text_classification import train  # noqa: E402
+from downstream_tasks.text_classification import train  # noqa: E402  # after the skips
 
 SCRIPT = Path(train.__file__)
 Line = Callable[..., list[str]]
-
-
-@pytest.fixture(scope="session")
-def line(small_model: Path, texts: Path) -> Line:
-    """The flags of a run of 6 steps, in the order of a command line."""
-
-    def flags(output: Path, *more: object) -> list[str]:
-        small: tuple[object, ...] = ("--model", small_model, "--data", texts, "--batch_size", 16, "--num_epochs", 2)
-        steps = ("--save_steps", 3, "--logging_steps", 1, "--warmup_steps", 2, "--learning_rate", 3e-3)
-        return [*map(str, (*small, *steps, "--max_tokens", 64, "--cache", "int8", "--output", output, *more))]
-
-    return flags
-
-
-@pytest.fixture(scope="session")
-def trained(line: Line, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The output of one run in one process."""
-    output = tmp_path_factory.mktemp("trained")
-    train.main(line(output))
-    return output
 
 
 def logged(output: Path) -> list[dict[str, float]]:
@@ -97,21 +76,6 @@ def test_a_resumed_run_of_adapters_has_the_same_losses(line: Line, tmp_path: Pat
     shutil.rmtree(tmp_path / "checkpoints" / "checkpoint-6")
     train.main(line(tmp_path, "--use_lora", "--resume"))
     assert logged(tmp_path) == whole
-
-
-def test_a_checkpoint_of_another_run_is_refused(trained: Path, line: Line, tmp_path: Path) -> None:
-    """The message names what differs, with both values."""
-    shutil.copytree(trained / "checkpoints", tmp_path / "checkpoints")
-    with pytest.raises(TaskError, match=r"seed was 0 and is 1; give the same flags, or start without --resume"):
-        train.main(line(tmp_path, "--resume", "--seed", 1))
-    with pytest.raises(TaskError, match=r"is of another model or run: model was 'MixtralForCausalLM'"):
-        train.main(line(tmp_path, "--resume", "--use_lora"))
-
-
-def test_resume_needs_a_checkpoint(line: Line, tmp_path: Path) -> None:
-    """A folder without one is an error that says so."""
-    with pytest.raises(TaskError, match=r"--resume found no checkpoint in .*; start without it"):
-        train.main(line(tmp_path, "--resume"))
 
 
 def test_parts_of_a_step_are_the_step(trained: Path, line: Line, tmp_path: Path) -> None:
@@ -204,3 +168,24 @@ def test_a_worker_that_dies_is_named(line: Line, tmp_path: Path) -> None:
     workers[1].communicate()
     assert workers[0].returncode == 2, said[-2000:]
     assert "rank 0: another of the 2 processes died or hangs" in said
+
+
+@pytest.mark.slow
+def test_torchrun_names_a_worker_that_dies_and_goes_on(line: Line, tmp_path: Path, start: Any) -> None:
+    """A killed worker ends torchrun, which says which one it was; with --resume the losses are those of one process."""
+    longer = ("--num_epochs", 60)
+    together, whole = tmp_path / "together", tmp_path / "whole"
+    command = [str(SCRIPT), *line(together, "--model_type", "distributed", *longer)]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    run = subprocess.Popen([*torchrun, *command], text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    while not (together / "checkpoints" / "checkpoint-3" / "trainer_state.json").is_file():
+        assert run.poll() is None, command
+        time.sleep(0.01)
+    os.kill(int(Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()[-1]), signal.SIGKILL)
+    _, said = run.communicate(timeout=120)
+    assert run.returncode != 0
+    assert "Signal 9 (SIGKILL)" in said
+    done = start(*command, "--resume", processes=2)
+    assert done.returncode == 0, done.stderr[-2000:]
+    train.main(line(whole, *longer))
+    assert column(together, "loss") == pytest.approx(column(whole, "loss"), abs=1e-4)
