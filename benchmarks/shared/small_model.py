@@ -51,10 +51,12 @@ def shape_of(model: Mixtral, dtype: torch.dtype = torch.float32) -> pikv.ModelCo
     )
 
 
-def batches(length: int, pairs: int, samples: int, batch: int) -> Iterator[list[generate_data.Sample]]:
+def batches(
+    length: int, pairs: int, samples: int, batch: int, *, seed: int = SEED
+) -> Iterator[list[generate_data.Sample]]:
     """Samples of held-out text, a batch at a time; all have the same length."""
     text = generate_data.standard_library(held_out=True)
-    rng = np.random.default_rng(SEED)
+    rng = np.random.default_rng(seed)
     for _ in range(0, samples, batch):
         yield [generate_data.recall_sample(text, rng, length=length, pairs=pairs) for _ in range(batch)]
 
