@@ -2,8 +2,8 @@
 
 The model of downstream_tasks/models/tiny_moe reads a text in which `@Qxy` lines are hidden, and then answers questions
 token by token, for each page selector from the same keys and values. A value counts if its every character is the most
-likely one. Keys and values are stored in float16; texts are held out from the model's training, and made with a seed that
-nothing was chosen by (selectors were, by seed 77).
+likely one. Keys and values are stored in float16. Texts are held out from the model's training, and made with a seed
+that nothing was chosen by (selectors were, by seed 77).
 
     python benchmarks/page_reads.py --output docs/tables/page_reads.md --figure docs/figures/page_reads.svg
 """

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from pikv.adapters.compressors import Int2, Int4, Int8, LowRank, Rotated
+from pikv.adapters.compressors import Int2, Int4, Int8, LowRank, Rotated, UnrotatedLowRank, load_axes
 from pikv.core.cache import PiKVCache
 from pikv.core.config import ModelConfig
 from pikv.core.errors import ConfigError, UnknownNameError
@@ -78,6 +78,19 @@ def _rotated(inner: Compressor) -> Callable[[], Compressor]:
     return lambda: Rotated(inner)
 
 
+def _low_rank(part: type[LowRank] | type[UnrotatedLowRank]) -> Callable[..., Compressor | tuple[Compressor, ...]]:
+    def made(
+        *, rank: int, inner: Compressor | None = None, axes: str | None = None
+    ) -> Compressor | tuple[Compressor, ...]:
+        """axes: a file made by `save_axes`, which has one for each layer."""
+        rounding = Exact() if inner is None else inner
+        if axes is None:
+            return part(rank=rank, inner=rounding)
+        return tuple(part(rank=rank, inner=rounding, axes=each) for each in load_axes(axes))
+
+    return made
+
+
 PARTS: dict[str, dict[str, Callable[..., Any]]] = {
     "allocator": {
         "adakv": AdaKV,
@@ -94,7 +107,8 @@ PARTS: dict[str, dict[str, Callable[..., Any]]] = {
         "int4_rotated": _rotated(Int4()),
         "int8": Int8,
         "int8_rotated": _rotated(Int8()),
-        "low_rank": LowRank,
+        "low_rank": _low_rank(LowRank),
+        "low_rank_unrotated": _low_rank(UnrotatedLowRank),
     },
     "router": {
         "cache_aware": CacheAware,

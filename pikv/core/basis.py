@@ -15,8 +15,9 @@ from pikv.core.attention import accumulator
 class Basis:
     """Orthonormal columns by which tokens are written in other coordinates, and in fewer where there are fewer columns.
 
-    keys: [key_dim, stored key_dim], the same for all, or [sequences, kv_heads, key_dim, stored key_dim]; in a basis of
-    single pages [n, key_dim, stored key_dim]. values: likewise of value_dim, None where values stay as they are.
+    keys: [key_dim, stored key_dim], the same for all; [kv_heads, key_dim, stored key_dim], the same for all sequences;
+    or [sequences, kv_heads, key_dim, stored key_dim]; in a basis of single pages [n, key_dim, stored key_dim]. values:
+    likewise of value_dim, None where values stay as they are.
 
     A token's coordinates are `token @ columns`. A query enters in the same way, so that its products with keys in the
     basis are those with the keys that come back from it; an output of values in the basis leaves by the transpose.
@@ -31,9 +32,9 @@ class Basis:
         return (self.keys,) if self.values is None else (self.keys, self.values)
 
     @property
-    def of_all(self) -> bool:
-        """Whether it is the same for all sequences and KV heads."""
-        return self.keys.dim() == 2
+    def shared(self) -> bool:
+        """Whether it is the same for all sequences."""
+        return self.keys.dim() < 4
 
     def write(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Coordinates of keys [..., tokens, key_dim] and values, in float32 at least."""
@@ -53,21 +54,22 @@ class Basis:
 
     def of_pages(self, sequence: Tensor, head: Tensor) -> Basis:
         """The basis of single pages, whose sequences and KV heads are given: int64 [n]."""
-        if self.of_all:
+        if self.keys.dim() == 2:
             return self
-        place = sequence.to(self.keys.device), head.to(self.keys.device)
-        return Basis(*(columns[place] for columns in self.tensors))
+        sequence, head = sequence.to(self.keys.device), head.to(self.keys.device)
+        return Basis(*(columns[head] if self.shared else columns[sequence, head] for columns in self.tensors))
 
     def __getitem__(self, block: slice) -> Basis:
-        return self if self.of_all else Basis(*(columns[block] for columns in self.tensors))
+        """Of a basis of single pages, that of some of them."""
+        return self if self.keys.dim() == 2 else Basis(*(columns[block] for columns in self.tensors))
 
     def select(self, index: Tensor) -> Basis:
         """The basis of the sequences at index int64 [n]."""
-        return self if self.of_all else Basis(*(columns[index.to(columns.device)] for columns in self.tensors))
+        return self if self.shared else Basis(*(columns[index.to(columns.device)] for columns in self.tensors))
 
     def replaced(self, where: Tensor, other: Basis) -> Basis:
         """The other basis in the sequences marked in where, bool [sequences]; both are of the same compressor."""
-        if self.of_all:
+        if self.shared:
             return self
         chosen = where.to(self.keys.device)[:, None, None, None]
         pairs = zip(other.tensors, self.tensors, strict=True)
@@ -76,7 +78,7 @@ class Basis:
     @classmethod
     def joined(cls, bases: Sequence[Basis]) -> Basis:
         """One basis of the sequences of several, of the same compressor."""
-        if bases[0].of_all:
+        if bases[0].shared:
             return bases[0]
         return cls(*(torch.cat(columns) for columns in zip(*(basis.tensors for basis in bases), strict=True)))
 

@@ -30,7 +30,7 @@ _POLICIES = (
 
 
 def described(part: object) -> Any:
-    """A component by its name and fields; numbers, texts and sequences as they are."""
+    """A component by its name and the fields that it is compared by; numbers, texts and sequences as they are."""
     if part is None or isinstance(part, (bool, int, float, str)):
         return part
     if isinstance(part, torch.dtype):
@@ -43,7 +43,7 @@ def described(part: object) -> Any:
     named = {"name": name if module.startswith("pikv.") else f"{module}.{name}"}
     kind = type(part)
     if attrs.has(kind):
-        named |= {field.name: described(getattr(part, field.name)) for field in attrs.fields(kind)}
+        named |= {field.name: described(getattr(part, field.name)) for field in attrs.fields(kind) if field.eq}
     return named
 
 

@@ -140,7 +140,7 @@ class LayerCache:
         keys, values, positions = (
             states[:, :, : self.tail.width] for states in (self.tail.keys, self.tail.values, self.tail.positions)
         )
-        basis = compressor.fit(self.config, keys, values, positions != EMPTY)
+        basis = compressor.fit(self.config, self.codec.unrotated(keys, positions), values, positions != EMPTY)
         return basis if self.basis is None else self.basis.replaced(unwritten, basis)
 
     def pages(self) -> Pages:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import attrs
 
 from pikv.core.config import ModelConfig
@@ -156,12 +154,14 @@ class RuntimeConfig:
                 "again: its beginning has left; compose another token selector"
             )
         self._check_bounds(model)
-        parts = [part for part in (self.token_selector, self.split_by) if isinstance(part, NeedsRotary)]
-        for (layer_id, layer), part in itertools.product(enumerate(model.layers), parts):
-            if layer.rotary is None:
+        for layer_id, layer in enumerate(model.layers):
+            parts = (self.token_selector, self.split_by, self.compressor_of(model, layer_id))
+            needy = next((part for part in parts if isinstance(part, NeedsRotary)), None)
+            if needy is not None and layer.rotary is None:
                 raise ConfigError(
                     f"layer {layer_id} has no rotary (it is not known, or depends on the length of the text), which "
-                    f"{type(part).__name__} needs to un-rotate keys; give LayerConfig a rotary, or compose another part"
+                    f"{type(needy).__name__} needs to un-rotate keys; give LayerConfig a rotary, or compose another "
+                    "part"
                 )
 
     def _check_bounds(self, model: ModelConfig) -> None:

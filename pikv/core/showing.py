@@ -92,7 +92,8 @@ def _decode(layer: LayerCache, order: Tensor) -> tuple[Tensor, Tensor]:
             for states in layer.codec.compressor.decode(layer.codec.form, _stored(layer))
         )
         if layer.basis is not None:
-            old_keys, old_values = layer.basis.read(old_keys, old_values)
+            positions = slot_positions(layer).flatten(2).to(old_keys.device)
+            old_keys, old_values = layer.codec.read(old_keys, old_values, positions, layer.basis)
         keys = torch.cat([old_keys.to(keys.dtype), keys], dim=2)
         values = torch.cat([old_values.to(values.dtype), values], dim=2)
     places = order[..., None]

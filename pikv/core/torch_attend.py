@@ -73,9 +73,12 @@ class TorchAttend(AttendKernel):
         """Keys and values [pages, sequences, kv_heads, page_size, dim] of a block, and what queries do not see."""
         grid = (block.stop - block.start, *query.shape[:2])
         stored = self._load(pages, block)  # [pages * sequences * kv_heads, stride], in this order
-        keys, values = self.codec.compressor.decode(self.codec.form, stored)
-        hidden = self._hidden(pages, block, stored, oldest, grid)
-        return keys.unflatten(0, grid), values.unflatten(0, grid), hidden
+        decoded = self.codec.compressor.decode(self.codec.form, stored)
+        keys, values = (states.unflatten(0, grid) for states in decoded)
+        if pages.basis is not None:
+            positions = self.codec.form.view(stored, "positions").unflatten(0, grid)
+            keys, values = self.codec.read(keys, values, positions, pages.basis)
+        return keys, values, self._hidden(pages, block, stored, oldest, grid)
 
     def _load(self, pages: Pages, block: slice) -> Tensor:
         rows_a_column = pages.rows.shape[0] * pages.rows.shape[1]

@@ -112,6 +112,6 @@ def index_pages(codec: PageCodec, selector: PageSelector, pages: Tensor, basis: 
         block = slice(start, start + PAGES_AT_ONCE)
         keys, values = codec.compressor.decode(codec.form, pages[block])
         if basis is not None:
-            keys, _ = basis[block].read(keys, values)
+            keys, _ = codec.read(keys, values, codec.form.view(pages[block], "positions"), basis[block])
         selector.index(keys, index[block])
     return index

@@ -12,9 +12,10 @@ from pikv.core import attention
 from pikv.core.attention import Partial
 from pikv.core.basis import Basis
 from pikv.core.ports.backend import AttendKernel, Backend, NewPages, PageCodec, Pages, SealKernel, StepKernel
+from pikv.core.ports.compressor import UnrotatedCompressor
 from pikv.core.ports.selector import PageSelector
 from pikv.core.tail import Tail
-from pikv.core.torch_backend import PAGES_AT_ONCE, index_pages
+from pikv.core.torch_backend import PAGES_AT_ONCE, TorchBackend, index_pages
 
 
 @final
@@ -77,6 +78,7 @@ class TurnedSeal(SealKernel):
         sequence, head, slots = new.sequence[block], new.head[block], new.slots[block]
         place = tuple(index.to(out.device) for index in (sequence[:, None], head[:, None], slots))
         keys, values, positions = (states[place] for states in (tail.keys, tail.values, tail.positions))
+        keys = self.codec.unrotated(keys, positions)
         keys, values = _known(new.basis).of_pages(sequence, head).write(keys, values)
         count, page_size = slots.shape
         rows = Tail(  # a page a sequence, of one head
@@ -92,7 +94,12 @@ class TurnedSeal(SealKernel):
 
 
 def attend_kernel(backend: Backend, codec: PageCodec, device: torch.device) -> AttendKernel | None:
-    """The backend's kernel for these pages, in their basis if they have one; None if it has none."""
+    """The backend's kernel for these pages, in their basis if they have one; None if it has none.
+
+    Keys that are rotated when they are read meet no query in their basis: torch decodes them.
+    """
+    if isinstance(codec.compressor, UnrotatedCompressor):
+        return backend.attend(codec, device) if isinstance(backend, TorchBackend) else None
     coordinates = codec.coordinates()
     kernel = backend.attend(coordinates or codec, device)
     if coordinates is None or kernel is None:

@@ -14,7 +14,7 @@ import pikv
 from pikv.core import attention
 from pikv.core.basis import Basis
 from pikv.core.exact import Exact
-from pikv.core.ports import BasisCompressor, Compressor, StepKernel
+from pikv.core.ports import Backend, BasisCompressor, Compressor, StepKernel, UnrotatedCompressor
 from pikv.core.tail import EMPTY
 from pikv.core.torch_backend import TorchBackend
 from pikv.policies import Quest, Recent, Uniform
@@ -23,8 +23,8 @@ from pikv.testing.plain import PlainCache
 
 MODEL = pikv.ModelConfig.of(
     [
-        pikv.LayerConfig(query_heads=4, kv_heads=2, key_dim=8, value_dim=4),
-        pikv.LayerConfig(query_heads=2, kv_heads=1, key_dim=6, value_dim=4, window=29),
+        pikv.LayerConfig(query_heads=4, kv_heads=2, key_dim=8, value_dim=4, rotary=pikv.Rotary.of(dim=8)),
+        pikv.LayerConfig(query_heads=2, kv_heads=1, key_dim=6, value_dim=4, window=29, rotary=pikv.Rotary.of(dim=4)),
     ]
 )
 
@@ -45,6 +45,36 @@ class Fitted(BasisCompressor):
         keys, values = (states.masked_fill(~held[..., None], 0) for states in (keys, values))
         columns = torch.linalg.eigh(keys.mT @ keys).eigenvectors.flip(-1)[..., : self.rank].clone()
         return Basis(columns, torch.linalg.eigh(values.mT @ values).eigenvectors if self.turns_values else None)
+
+
+@final
+@attrs.frozen
+class Unrotated(UnrotatedCompressor):
+    """The principal axes of keys before rotary embedding."""
+
+    inner: Compressor = attrs.field(factory=Exact)
+    rank: int | None = None
+
+    def stored(self, layer):
+        return Fitted(rank=self.rank).stored(layer)
+
+    def fit(self, layer, keys, values, held):
+        return Fitted(rank=self.rank).fit(layer, keys, values, held)
+
+
+@final
+@attrs.frozen
+class OfEachHead(BasisCompressor):
+    """A rotation for each KV head, the same for all sequences."""
+
+    inner: Compressor = attrs.field(factory=Exact)
+
+    def stored(self, layer):
+        return layer
+
+    def fit(self, layer, keys, values, held):
+        generator = torch.Generator().manual_seed(layer.key_dim)
+        return Basis(torch.linalg.qr(torch.randn(layer.kv_heads, *2 * [layer.key_dim], generator=generator)).Q)
 
 
 @final
@@ -111,7 +141,7 @@ def check_near(cache, plain):
 @pytest.mark.property
 @given(
     backend=st.sampled_from([TorchBackend(), Together()]),
-    compressor=st.sampled_from([Fitted(), Fitted(turns_values=True), Turned()]),
+    compressor=st.sampled_from([Fitted(), Fitted(turns_values=True), Turned(), OfEachHead(), Unrotated()]),
     sizes=some.runtime_configs(),
     data=st.data(),
     generator=some.generators(),
@@ -173,16 +203,17 @@ def test_a_sequence_keeps_its_basis_while_it_has_pages():
     torch.testing.assert_close(context.keys[1, :, 20:36], k[1, :, :16], atol=2.0, rtol=0.01)
 
 
-def test_a_basis_of_all_is_held_once():
+@pytest.mark.parametrize(("compressor", "numbers"), [(Turned(), 8 * 8 + 4 * 4), (OfEachHead(), 2 * 8 * 8)], ids=repr)
+def test_a_basis_of_all_is_held_once(compressor, numbers):
     """However many sequences join, whether or not they have pages; each is read back as it was put in."""
-    runtime = pikv.RuntimeConfig(compressor=Turned(), page_size=16, tail_tokens=16)
+    runtime = pikv.RuntimeConfig(compressor=compressor, page_size=16, tail_tokens=16)
     pool, generator = pikv.PagePool(MODEL, runtime), torch.Generator().manual_seed(0)
     caches, layer = [pikv.PiKVCache(MODEL, runtime, pool=pool) for _ in range(2)], MODEL.layers[0]
     for cache, tokens in zip(caches, (64, 20), strict=True):
         cache.update(0, 0, *random(generator, layer, 1, tokens)[:2])
         cache.finish_prefill()
     held = caches[0].stored_bytes().bases
-    assert held == (8 * 8 + 4 * 4) * 4
+    assert held == numbers * 4
     caches[0].join(caches[1])
     k, v, _ = random(generator, layer, 2, 40)
     caches[0].update(0, torch.stack([torch.arange(64, 104), torch.arange(20, 60)]), k, v)
@@ -205,7 +236,7 @@ def test_bytes_of_bases_are_counted():
     assert held.total == held.pages + held.tail + held.tables + held.bases
 
 
-@pytest.mark.parametrize("compressor", [Fitted(rank=3), Turned()], ids=repr)
+@pytest.mark.parametrize("compressor", [Fitted(rank=3), Turned(), OfEachHead()], ids=repr)
 def test_fewer_coordinates_answer_as_what_is_read_back(compressor):
     """With a budget, a page selector, and a kernel that would take a tail if its dimensions were the layer's."""
     runtime = pikv.RuntimeConfig(
@@ -258,3 +289,51 @@ def test_a_backend_without_a_kernel_for_the_inner_pages_is_passed_over():
     assert all(text.startswith("torch") for text in steps.values())
     with pytest.raises(pikv.ConfigError, match="none of the backends"):
         pikv.PiKVCache(MODEL, attrs.evolve(runtime, backends=[Nothing()]))
+
+
+def test_keys_before_rotation_are_fitted_written_and_indexed():
+    """Keys along two directions before rotation come back from two coordinates, and pages are chosen by them rotated.
+
+    The same keys after rotation lie along more than two.
+    """
+    layer = MODEL.layers[0]
+    settings = {"page_size": 16, "tail_tokens": 16, "page_selector": Quest(pages=2, dense_layers=0)}
+    model, generator = pikv.ModelConfig.of([layer]), torch.Generator().manual_seed(0)
+    plain = torch.randn(1, 2, 112, 2, generator=generator) @ torch.randn(1, 2, 2, 8, generator=generator)
+    k, v = layer.rotary.apply(plain, torch.arange(112)), torch.randn(1, 2, 112, 4, generator=generator)
+    lost, answers = [], []
+    for compressor in (Unrotated(rank=2), Fitted(rank=2), Exact()):
+        cache = pikv.PiKVCache(model, pikv.RuntimeConfig(compressor=compressor, **settings))
+        cache.update(0, 0, k, v)
+        cache.finish_prefill()
+        lost.append(float((cache.retrieve(0).keys - k).abs().max()))
+        cache.update(0, 112, k[:, :, 40:41], v[:, :, 40:41])
+        answers.append(cache.attend(0, 3 * k[:, [0, 0, 1, 1], 40:41]))
+    assert lost[0] < 1e-4 < 0.5 < lost[1]
+    torch.testing.assert_close(answers[0], answers[2], atol=1e-4, rtol=1e-4)
+
+
+def test_keys_before_rotation_are_decoded_by_torch_alone():
+    """A kernel that would take them for keys is not asked, and a model whose rotary is unknown is refused."""
+
+    @attrs.frozen
+    class Other(Backend):
+        @property
+        def name(self):
+            return "other"
+
+        def attend(self, codec, device):
+            raise AssertionError("asked for a kernel that takes coordinates for keys")
+
+        def choose(self, selector, codec, device):
+            return None
+
+        def seal(self, codec, selector, device):
+            return None
+
+    runtime = pikv.RuntimeConfig(compressor=Unrotated(), backends=[Other(), TorchBackend()])
+    steps = pikv.PiKVCache(MODEL, runtime).describe().steps
+    assert all(text.startswith("torch") for text in steps.values())
+    unknown = pikv.ModelConfig.of([attrs.evolve(MODEL.layers[0], rotary=None)])
+    with pytest.raises(pikv.ConfigError, match=r"layer 0 has no rotary.*Unrotated needs to un-rotate keys"):
+        pikv.PiKVCache(unknown, pikv.RuntimeConfig(compressor=Unrotated()))

@@ -1,52 +1,108 @@
-"""Low rank: of each key the few coordinates that keys of its sequence differ in."""
+"""Low rank: of each key the few coordinates that keys of its sequence, or of a calibration text, differ in."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, final
+import abc
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Self, final
 
 import attrs
-import torch
 from torch import Tensor
 
+from pikv.adapters.compressors.axes import Axes, longest_first
 from pikv.adapters.compressors.rotated import check_plain
 from pikv.core.basis import Basis
 from pikv.core.errors import ConfigError
 from pikv.core.exact import Exact
-from pikv.core.ports import BasisCompressor, Compressor
+from pikv.core.ports import BasisCompressor, Compressor, UnrotatedCompressor
+from pikv.core.validators import is_a, positive
+from pikv.core.views import TokenView
 
 if TYPE_CHECKING:
     from pikv.core.config import LayerConfig
 
 
-def _positive(instance: object, attribute: attrs.Attribute[int], value: int) -> None:
-    if not isinstance(value, int) or value < 1:
-        raise ConfigError(f"rank must be a positive whole number of channels, got {value!r}")
+@attrs.frozen(kw_only=True)
+class FewAxes(BasisCompressor):
+    """What low rank before and after rotary embedding have in common.
+
+    Store `rank` coordinates of each key, which `inner` may round, and values as `inner` stores them. The axes are the
+    leading right singular vectors of the keys that a sequence holds when it seals its first page: what later keys have
+    beside these is lost. With `axes`, see `calibrated`, they are the same for all sequences, and held once.
+    """
+
+    rank: int = attrs.field(validator=positive)
+    inner: Compressor = attrs.field(factory=Exact, validator=check_plain)
+    axes: Axes | None = attrs.field(default=None, validator=is_a(Axes))
+
+    @staticmethod
+    @abc.abstractmethod
+    def keys_of(view: TokenView) -> Tensor:
+        """The keys that axes are of."""
+
+    @classmethod
+    def calibrated(cls, views: Iterable[TokenView], *, rank: int, inner: Compressor | None = None) -> tuple[Self, ...]:
+        """One for each layer, with the axes of the keys of a calibration text.
+
+        views: of each layer of a cache that has read the text, `PiKVCache.view`, of exact pages.
+        """
+        rounding = Exact() if inner is None else inner
+        made = (Axes.of(cls.keys_of(view), view.positions) for view in views)
+        return tuple(cls(rank=rank, inner=rounding, axes=axes) for axes in made)
+
+    @final
+    def stored(self, layer: LayerConfig) -> LayerConfig:
+        """The layer with keys of `rank` channels.
+
+        Raises ConfigError for fewer, where keys hold the values, and for axes of another layer.
+        """
+        name = type(self).__name__
+        if self.rank > layer.key_dim:
+            raise ConfigError(f"rank must be at most key_dim = {layer.key_dim}, got {self.rank}; lower it")
+        if layer.values == "key_prefix":
+            raise ConfigError(f"{name} needs values that are stored: those of this layer are a prefix of its keys")
+        wanted = (layer.kv_heads, layer.key_dim, layer.key_dim)
+        if self.axes is not None and self.axes.columns.shape != wanted:
+            raise ConfigError(
+                f"axes of {name} must be [kv_heads, key_dim, key_dim] = {list(wanted)}, got "
+                f"{list(self.axes.columns.shape)}; calibrate it with this model"
+            )
+        return attrs.evolve(layer, key_dim=self.rank)
+
+    @final
+    def fit(self, layer: LayerConfig, keys: Tensor, values: Tensor, held: Tensor) -> Basis:
+        """Float32 [sequences, kv_heads, key_dim, rank] of each row, or [kv_heads, key_dim, rank] of the calibration."""
+        if self.axes is not None:
+            return Basis(self.axes.leading(self.rank, keys.device))
+        return Basis(longest_first(keys, held)[..., : self.rank].contiguous())
 
 
 @final
 @attrs.frozen(kw_only=True)
-class LowRank(BasisCompressor):
-    """Store `rank` coordinates of each key, which `inner` may round, and values whole.
+class LowRank(FewAxes):
+    """Low rank of keys as attention has them, after rotary embedding, so that queries enter the basis once.
 
     Source: keys of a long text are near to low rank (ShadowKV, arXiv 2410.21465, section 3), there of all heads
-    together and before rotary embedding; here of each KV head, after it, so that queries enter the basis once.
-    The basis are the leading right singular vectors of the keys that a sequence holds when it seals its first page:
-    what later keys have beside it is lost.
+    together and before rotary embedding, as `UnrotatedLowRank` has it; here of each KV head. See FewAxes.
     """
 
-    rank: int = attrs.field(validator=_positive)
-    inner: Compressor = attrs.field(factory=Exact, validator=check_plain)
+    @staticmethod
+    def keys_of(view: TokenView) -> Tensor:
+        """As they are read back."""
+        return view.keys
 
-    def stored(self, layer: LayerConfig) -> LayerConfig:
-        """The layer with keys of `rank` channels. Raises ConfigError for fewer, and where keys hold the values."""
-        if self.rank > layer.key_dim:
-            raise ConfigError(f"rank must be at most key_dim = {layer.key_dim}, got {self.rank}; lower it")
-        if layer.values == "key_prefix":
-            raise ConfigError("LowRank needs values that are stored: those of this layer are a prefix of its keys")
-        return attrs.evolve(layer, key_dim=self.rank)
 
-    def fit(self, layer: LayerConfig, keys: Tensor, values: Tensor, held: Tensor) -> Basis:
-        """A basis for each row: float32 [sequences, kv_heads, key_dim, rank]."""
-        keys = keys.double().masked_fill(~held[..., None], 0)
-        axes = torch.linalg.eigh(keys.mT @ keys).eigenvectors.flip(-1)  # the singular vectors, the longest axis first
-        return Basis(axes[..., : self.rank].float().contiguous())
+@final
+@attrs.frozen(kw_only=True)
+class UnrotatedLowRank(FewAxes, UnrotatedCompressor):
+    """Low rank of keys before rotary embedding, which are nearer to it. Source: ShadowKV, arXiv 2410.21465, section 3.
+
+    There of all heads together, here of each KV head. Pages hold coordinates of unrotated keys, which are decoded, and
+    rotated to their positions, whenever they are attended to; see UnrotatedCompressor and FewAxes. Where a sequence is
+    padded on the left its keys keep the rotation by its padding, which axes of a calibration do not know.
+    """
+
+    @staticmethod
+    def keys_of(view: TokenView) -> Tensor:
+        """Before rotary embedding."""
+        return view.unrotated_keys

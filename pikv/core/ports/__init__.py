@@ -13,7 +13,7 @@ from pikv.core.ports.backend import (
     SealKernel,
     StepKernel,
 )
-from pikv.core.ports.compressor import BasisCompressor, Compressor, FormCompressor
+from pikv.core.ports.compressor import BasisCompressor, Compressor, FormCompressor, UnrotatedCompressor
 from pikv.core.ports.demotion import Demotion, PagePredictor, PageUse
 from pikv.core.ports.full_pool import FullPool
 from pikv.core.ports.memory_tier import AddressableTier, Done, MemoryTier, Ticket
@@ -80,5 +80,6 @@ __all__ = [
     "Ticket",
     "TokenSelector",
     "Transport",
+    "UnrotatedCompressor",
     "Version",
 ]

@@ -9,10 +9,10 @@ import attrs
 import torch
 from torch import Tensor
 
-from pikv.core.attention import Partial
+from pikv.core.attention import Partial, accumulator
 from pikv.core.basis import Basis
 from pikv.core.forms import PageForm
-from pikv.core.ports.compressor import BasisCompressor, Compressor
+from pikv.core.ports.compressor import BasisCompressor, Compressor, UnrotatedCompressor
 from pikv.core.ports.selector import PageSelector
 
 if TYPE_CHECKING:
@@ -34,6 +34,21 @@ class PageCodec:
         if not isinstance(self.compressor, BasisCompressor):
             return None
         return attrs.evolve(self, compressor=self.compressor.inner, layer=self.compressor.stored(self.layer))
+
+    def unrotated(self, keys: Tensor, positions: Tensor) -> Tensor:
+        """Keys [..., tokens, key_dim] as they enter a basis: before rotary embedding where the compressor has it so."""
+        if not isinstance(self.compressor, UnrotatedCompressor):
+            return keys
+        assert self.layer.rotary is not None  # NeedsRotary: refused otherwise
+        return self.layer.rotary.remove(keys.to(accumulator(keys.dtype)), positions)
+
+    def read(self, keys: Tensor, values: Tensor, positions: Tensor, basis: Basis) -> tuple[Tensor, Tensor]:
+        """Keys and values [..., tokens, dim] as the layer has them, of their coordinates in a basis."""
+        keys, values = basis.read(keys, values)
+        if isinstance(self.compressor, UnrotatedCompressor):
+            assert self.layer.rotary is not None  # NeedsRotary: refused otherwise
+            keys = self.layer.rotary.apply(keys, positions)
+        return keys, values
 
 
 @attrs.frozen(kw_only=True)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pikv.core.basis import Basis
 from pikv.core.forms import PageForm
+from pikv.core.ports.selector import NeedsRotary
 
 if TYPE_CHECKING:
     from pikv.core.config import LayerConfig
@@ -54,12 +55,15 @@ class FormCompressor(Compressor):
 class BasisCompressor(Compressor):
     """A compressor whose pages hold the coordinates of tokens in a Basis: rotated, or fewer of them.
 
-    Authors write `stored` and `fit`; pages are those of `inner`, which is given coordinates and knows no basis, so the
-    kernels that serve `inner` serve these pages too. The cache holds the basis with the sequence, and counts its bytes.
+    Authors write `inner`, `stored` and `fit`; pages are those of `inner`, which is given coordinates and knows no
+    basis, so the kernels that serve `inner` serve these pages too. The cache holds the basis with the sequence, and
+    counts its bytes.
     """
 
-    inner: Compressor
-    """Writes the coordinates."""
+    @property
+    @abc.abstractmethod
+    def inner(self) -> Compressor:
+        """Writes the coordinates."""
 
     @abc.abstractmethod
     def stored(self, layer: LayerConfig) -> LayerConfig:
@@ -91,3 +95,12 @@ class BasisCompressor(Compressor):
     def decode(self, form: PageForm, pages: Tensor) -> tuple[Tensor, Tensor]:
         """Coordinates of keys and values."""
         return self.inner.decode(form, pages)
+
+
+class UnrotatedCompressor(BasisCompressor, NeedsRotary):
+    """One whose basis is of keys before rotary embedding: `fit` is given those, and pages hold their coordinates.
+
+    Core un-rotates keys by their positions before they enter the basis, and rotates them when they are read. Keys that
+    turn with their position cannot meet a query in the basis, so these pages are decoded to be attended to: by the
+    torch backend alone.
+    """

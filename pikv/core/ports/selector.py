@@ -33,7 +33,10 @@ class TokenSelector(abc.ABC):
 
 
 class NeedsRotary:
-    """Derived from by a part that looks at `unrotated_keys`: it is refused for a model whose rotary is not known."""
+    """Derived from by a part that looks at keys before rotary embedding, such as a view's `unrotated_keys`.
+
+    It is refused for a model whose rotary is not known.
+    """
 
 
 class QueryTokenSelector(TokenSelector):
