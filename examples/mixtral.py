@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -103,11 +104,21 @@ def load_weights(folder: Path, wanted: set[str]) -> dict[str, Tensor]:
 
 
 class Mixtral:
-    """The decoder. All ranks call `step` with the same tokens and get the same logits."""
+    """The decoder. All ranks call `step` with the same tokens and get the same logits.
 
-    def __init__(self, folder: Path, transport: Transport, router: Router | None = None) -> None:
+    routed: is told a layer's number and its gate's probabilities [batch, tokens, experts], on every rank, once the
+    layer has attended.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        transport: Transport,
+        router: Router | None = None,
+        routed: Callable[[int, Tensor], object] | None = None,
+    ) -> None:
         self.config = MixtralConfig.read(folder)
-        self.transport = transport
+        self.transport, self._routed = transport, routed
         self.router = TopK() if router is None else router
         places = torch.arange(self.config.experts) % transport.size
         self._routing = [self.router.start(self.config.experts, places) for _ in range(self.config.layers)]
@@ -147,7 +158,10 @@ class Mixtral:
         positions = torch.arange(position, position + token_ids.shape[1])
         for layer in range(self.config.layers):
             hidden = hidden + self._attention(layer, self._norm(layer, "input_layernorm", hidden), positions, cache)
-            hidden = hidden + self._experts(layer, self._norm(layer, "post_attention_layernorm", hidden))
+            normed = self._norm(layer, "post_attention_layernorm", hidden)
+            if self._routed is not None:
+                self._routed(layer, self._gate(layer, normed))
+            hidden = hidden + self._experts(layer, normed)
         return hidden
 
     def _logits(self, hidden: Tensor) -> Tensor:
@@ -170,13 +184,16 @@ class Mixtral:
         attended = cache.attend(layer, rotate(heads("q_proj"), positions))
         return F.linear(attended.transpose(1, 2).flatten(2), self._weight(layer, "self_attn.o_proj"))
 
+    def _gate(self, layer: int, hidden: Tensor) -> Tensor:
+        """The probabilities of the experts, [..., experts]."""
+        return F.softmax(F.linear(hidden, self._weight(layer, "block_sparse_moe.gate")), dim=-1)
+
     def _experts(self, layer: int, hidden: Tensor) -> Tensor:
         """Token t is routed by rank t % size, computed where its experts live, and gathered by all."""
         rank, size = self.transport.rank, self.transport.size
         tokens = hidden.flatten(0, 1)  # [tokens, hidden]
         mine = tokens[rank::size]
-        scores = F.softmax(F.linear(mine, self._weight(layer, "block_sparse_moe.gate")), dim=-1)
-        routing = self.router.route(self._routing[layer], scores, self.config.experts_per_token)
+        routing = self.router.route(self._routing[layer], self._gate(layer, mine), self.config.experts_per_token)
         experts = routing.experts  # [mine, k]
 
         outputs = self._dispatch(layer, mine.repeat_interleave(experts.shape[1], 0), experts.flatten())

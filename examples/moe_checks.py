@@ -8,7 +8,8 @@ from mixtral import Mixtral
 from torch import Tensor
 
 import pikv
-from pikv.core.ports import HeadSharding
+from pikv.core.counted_transport import Counted
+from pikv.core.ports import HeadSharding, Transport
 
 TOLERANCE = 1e-4  # of logits; and dense logits closer than this are a tie
 
@@ -72,26 +73,81 @@ def table(model: Mixtral, stored: list[Stored], tokens: int) -> str:
     return "\n".join([*rows, f"In bytes; a dense cache of the {tokens:,} tokens has {dense:,}, on every rank."])
 
 
-def excesses(model: Mixtral, cache: pikv.PiKVCache, stored: list[Stored], tokens: int) -> list[str]:
+@attrs.define
+class Homes:
+    """Routes a cache that is sharded by expert, and counts the tokens of each rank: int64 [layers, ranks]."""
+
+    cache: pikv.PiKVCache
+    ranks: int
+    tokens: Tensor = attrs.field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self.tokens = torch.zeros(len(self.cache.model.layers), self.ranks, dtype=torch.int64)
+
+    def route(self, layer_id: int, probabilities: Tensor) -> None:
+        """Tell the cache a layer's probabilities [batch, tokens, experts]."""
+        home = self.cache.route(layer_id, probabilities).home
+        self.tokens[layer_id] += (home % self.ranks).bincount(minlength=self.ranks)
+
+
+def shares(model: Mixtral, cache: pikv.PiKVCache, tokens: int, homes: Homes | None) -> list[float]:
+    """The tokens of each rank's share of `tokens` tokens, in means of all layers and all heads."""
+    config, sharding, ranks = model.config, cache.runtime.sharding, model.transport.size
+    if homes is not None:
+        return homes.tokens.double().mean(0).tolist()
+    groups = sharding.head_groups(config.kv_heads, ranks) if isinstance(sharding, HeadSharding) else 1
+    owners = sharding.owner(torch.arange(tokens), ranks // groups)
+    return [int((owners == rank // groups).sum()) / groups for rank in range(ranks)]
+
+
+def excesses(
+    model: Mixtral, cache: pikv.PiKVCache, stored: list[Stored], tokens: int, homes: Homes | None = None
+) -> list[str]:
     """Which ranks store more pages and tail than their share of `tokens` tokens, or other experts than their own.
 
-    A rank's share is the tokens and the heads that the sharding gives it. Beyond it there is room for a tail, the page
-    that is being filled and one page more.
+    A rank's share is the tokens and the heads that the sharding gives it; homes: what it gave by expert. Beyond it
+    there is room for a tail, the page that is being filled and one page more.
     """
     config, runtime, ranks = model.config, cache.runtime, len(stored)
-    groups = 1  # of heads
-    if isinstance(runtime.sharding, HeadSharding):
-        groups = runtime.sharding.head_groups(config.kv_heads, ranks)
-    owners = runtime.sharding.owner(torch.arange(tokens), ranks // groups)
     room = runtime.tail_tokens + 2 * runtime.page_size
     token = dense_bytes(model, 1) + config.layers * config.kv_heads * 4  # keys and values, and their positions
     expert = config.layers * 3 * config.hidden * config.intermediate * 4
     found = []
-    for rank, row in enumerate(stored):
-        share = (int((owners == rank // groups).sum()) + room) * token // groups
+    for rank, (row, share_tokens) in enumerate(zip(stored, shares(model, cache, tokens, homes), strict=True)):
+        share = int((share_tokens + room) * token)
         if row.pages + row.tail > share:
             found.append(f"rank {rank} stores {row.pages + row.tail} bytes of pages and tail, its share is {share}")
         experts = len(range(rank, config.experts, ranks)) * expert
         if row.experts != experts:
             found.append(f"rank {rank} holds {row.experts} bytes of experts, its own have {experts}")
     return found
+
+
+@attrs.define(kw_only=True)
+class Wire:
+    """What the ranks send: for attention, and for experts and tokens. Counted from `begin` on."""
+
+    attention: Counted
+    experts: Counted
+
+    @classmethod
+    def over(cls, transport: Transport) -> Wire:
+        """Two views of one transport."""
+        return cls(attention=Counted(transport), experts=Counted(transport))
+
+    def begin(self) -> None:
+        """Count from 0."""
+        self.attention.sent_bytes = self.experts.sent_bytes = 0
+
+    def report(self, stored: list[Stored], tokens: int) -> str:
+        """Bytes for each of `tokens` decoded tokens, of all ranks together; all ranks call it.
+
+        Beside what it would take to move the pages: every rank then gets what the others store, once a token.
+        """
+        sent = [self.attention.sent_bytes, self.experts.sent_bytes]
+        attention, experts = (self.attention.transport.all_reduce(torch.tensor(sent)) // max(1, tokens)).tolist()
+        pages = (len(stored) - 1) * sum(row.pages + row.tail for row in stored)
+        return (
+            f"Sent a decoded token, in bytes, all ranks together: attention {attention:,}, experts {experts:,}; "
+            f"pages moved to the queries would be {pages:,}."
+        )

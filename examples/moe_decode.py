@@ -1,8 +1,8 @@
 """Decode greedily with a Mixtral whose experts and whose KV pages are spread over MPI ranks.
 
-Expert e lives at rank e % ranks; each rank stores the keys and values of its own KV heads or of its own token ranges
-(--shard-by; the heads and the ranks decide otherwise), and partial attention is merged by its log-sum-exp. Every rank
-checks, by bytes, that it holds no more than that.
+Expert e lives at rank e % ranks; each rank stores the keys and values of its own KV heads, of its own token ranges, or
+of the tokens that its experts are best for (--shard-by; the heads and the ranks decide otherwise). Partial attention is
+merged by its log-sum-exp. Every rank checks, by bytes, that it holds no more than that, and what is sent is counted.
 
 Examples:
   python examples/moe_decode.py                                one rank, the default prompt
@@ -27,7 +27,7 @@ from typing import NoReturn, TypeVar
 import attrs
 import torch
 from mixtral import Cache, DenseCache, Mixtral, MixtralConfig
-from moe_checks import TOLERANCE, Agreement, Stored, excesses, table
+from moe_checks import TOLERANCE, Agreement, Homes, Stored, Wire, excesses, table
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 from torch import Tensor
@@ -135,6 +135,8 @@ class Session:
     prompt_ids: Tensor
     model: Mixtral
     cache: pikv.PiKVCache
+    homes: Homes | None
+    wire: Wire
     dense: Decoder | None
 
     @classmethod
@@ -147,9 +149,10 @@ class Session:
         prompt_ids = torch.tensor(tokenizer.encode(prompt).ids)
         if not len(prompt_ids):
             raise pikv.InputError("the prompt must have at least one token, got none; pass some text")
-        described = model_config(config)
-        names = {name: getattr(arguments, name) for name in COMPOSED if getattr(arguments, name) is not None}
-        runtime = pikv.runtime_from(names, described, transport=transport)
+        cache, wire, homes = *composed(arguments, config, transport), None
+        if cache.waits_for_route:
+            homes = Homes(cache, transport.size)
+        router, routed = cache.runtime.router, None if homes is None else homes.route
         dense = None
         if arguments.verify and transport.rank == 0:
             dense = Decoder(Mixtral(arguments.model, Solo()), DenseCache(config))
@@ -158,10 +161,22 @@ class Session:
             tokenizer=tokenizer,
             prompt=prompt,
             prompt_ids=prompt_ids,
-            model=Mixtral(arguments.model, transport, runtime.router),
-            cache=pikv.PiKVCache(described, runtime),
+            model=Mixtral(arguments.model, wire.experts, router, routed),
+            cache=cache,
+            homes=homes,
+            wire=wire,
             dense=dense,
         )
+
+
+def composed(arguments: argparse.Namespace, config: MixtralConfig, transport: Transport) -> tuple[pikv.PiKVCache, Wire]:
+    """The cache that the arguments name, and what counts what it and the model send."""
+    described, wire = model_config(config), Wire.over(transport)
+    names = {name: getattr(arguments, name) for name in COMPOSED if getattr(arguments, name) is not None}
+    if arguments.shard_by == "experts":
+        names = {"router": "top_k"} | names
+    runtime = pikv.runtime_from(names, described, transport=wire.attention)
+    return pikv.PiKVCache(described, runtime), wire
 
 
 def read_prompt(arguments: argparse.Namespace) -> str:
@@ -187,6 +202,8 @@ def model_config(config: MixtralConfig) -> pikv.ModelConfig:
         head_dim=config.head_dim,
         window=config.window,
         rotary=config.rotary,
+        experts=config.experts,
+        experts_per_token=config.experts_per_token,
     )
 
 
@@ -216,6 +233,7 @@ def decode(session: Session, decoder: Decoder, agreement: Agreement) -> int:
     dense_logits = dense.prefill(session.prompt_ids, chunk) if dense else logits
     session.cache.finish_prefill()  # evicts and seals now, so that the time below is decoding alone
     decoder.seconds = 0.0
+    session.wire.begin()
     for decoded in range(session.arguments.tokens):
         if dense:
             agreement.add(logits, dense_logits)
@@ -233,11 +251,12 @@ def run(session: Session, transport: Transport) -> int:
     decoder, agreement = Decoder(session.model, session.cache), Agreement()
     tokens = decode(session, decoder, agreement)
     stored = Stored.everywhere(session.model, session.cache)
-    problems = excesses(session.model, session.cache, stored, decoder.position)
+    problems = excesses(session.model, session.cache, stored, decoder.position, session.homes)
 
+    sent = session.wire.report(stored, tokens)
     speed = tokens / decoder.seconds if tokens else 0.0
     print(f"\n\n{tokens} tokens decoded, {speed:.1f} a second; ranks: {transport.size}\n")
-    print(table(session.model, stored, decoder.position), session.cache.describe(), sep="\n\n")
+    print(table(session.model, stored, decoder.position), sent, session.cache.describe(), sep="\n\n")
     if session.dense:
         print(f"\nverify: {agreement}")
         if not agreement.holds():

@@ -43,6 +43,7 @@ from pikv.policies import (
     DuoAttention,
     EvictOldest,
     ExpectedAttention,
+    ExpertGroups,
     GroupLimited,
     HeavyHitters,
     Importance,
@@ -118,7 +119,7 @@ PARTS: dict[str, dict[str, Callable[..., Any]]] = {
         "load_balance": LoadBalance,
         "top_k": TopK,
     },
-    "shard_by": {"kv_heads": KvHeads, "token_range": TokenRange},
+    "shard_by": {"experts": ExpertGroups, "kv_heads": KvHeads, "token_range": TokenRange},
     "streamer": {"zarr": _zarr},
     "page_selector": {"key_codes": KeyCodes, "quest": Quest},
     "token_selector": {

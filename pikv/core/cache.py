@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pikv.core import adopting, checkpoint, checks, layers, reading, restoring, routing, settling, showing
+from pikv.core.arrivals import Arrivals
 from pikv.core.config import ModelConfig
 from pikv.core.errors import ConfigError, InputError, StateError
 from pikv.core.layer import LayerCache
@@ -56,6 +57,7 @@ class PiKVCache:
             self.pool.check_serves(served.codec, self.runtime.page_selector)
         self._settler = Settler.of(self._places, self.runtime, self.pool, self._served)
         self._layers: dict[int, LayerCache] = {}
+        self._arrivals = Arrivals(self._places)
         self._rehearsal = Rehearsal(selector=self.runtime.remembers, layers=self._layers)
         self._reads = ReadCounter(self.runtime.page_selector)
         self._prefetcher = Prefetcher.of(self.runtime.predictor, self._layers)
@@ -125,6 +127,7 @@ class PiKVCache:
             self._lineage.note(layer)
         layer.append(k, v, positions, self._places.stored(positions))
         self._layers[layer_id] = layer
+        self._arrivals.came(layer_id, k, v)
 
     @keeps_numbers
     def attend(self, layer_id: int, q: Tensor) -> Tensor:
@@ -144,7 +147,8 @@ class PiKVCache:
         output = self._answer(layer, q) if layer.answer is None else layer.answer
         if not layer.settled:
             layer.answer = output
-            self._settle(layer)
+            if not self._arrivals.waits(layer):
+                self._settle(layer)
         return output
 
     def _answer(self, layer: LayerCache, q: Tensor) -> Tensor:
@@ -157,13 +161,25 @@ class PiKVCache:
     def route(self, layer_id: int, probabilities: Tensor) -> Routing:
         """The router's choice for the last update's tokens: experts and weights [batch * tokens, experts_per_token].
 
-        probabilities [batch, tokens, experts]: of the model's own gate, known after the layer's attention.
+        probabilities [batch, tokens, experts]: of the model's own gate, known after the layer's attention. Where ranks
+        store what their experts are best for (`waits_for_route`), each takes its tokens now, and the layer is settled.
 
-        Raises ConfigError without a router or experts, InputError for another shape, StateError before any update.
+        Raises ConfigError without a router or experts, InputError for another shape, StateError before any update;
+        PoolFullError if settling finds no room: the layer is then settled by another `route`, or by its next `update`.
         """
         routing.check(self.model, self.runtime)
-        batch, tokens = self._read_layer(layer_id).queried.shape
-        return routing.choose(self.model, self.runtime, probabilities, batch=batch, tokens=tokens)
+        layer = self._read_layer(layer_id)
+        batch, tokens = layer.queried.shape
+        chosen = routing.choose(self.model, self.runtime, probabilities, batch=batch, tokens=tokens)
+        self._arrivals.go_home(layer, chosen.home)
+        if self.waits_for_route and not layer.settled:
+            self._settle(layer)
+        return chosen
+
+    @property
+    def waits_for_route(self) -> bool:
+        """Whether each update must be followed by `route`, since tokens are stored where their experts are."""
+        return self._places.by_expert is not None
 
     def retrieve(self, layer_id: int) -> ContextKV:
         """The stored tokens of a layer, decoded, oldest first: for an attention of the caller's own."""
@@ -202,6 +218,7 @@ class PiKVCache:
 
     def _settle(self, *unsettled: LayerCache) -> None:
         """Evict to budget, slide windows and seal in these layers: in all of them, or in none if the pool is full."""
+        self._arrivals.check_home(unsettled)
         decided = self._settler.decide(unsettled, prefilling=self._prefilling)
         self._settler.carry_out(decided)
         self._finish(unsettled, decided)
@@ -232,6 +249,7 @@ class PiKVCache:
     @keeps_numbers
     def fork(self) -> PiKVCache:
         """A second cache that goes on from here: sealed pages are shared, tails are copied."""
+        self._arrivals.check_home(self._layers.values())
         other, everyone = PiKVCache(self.model, self.runtime, pool=self.pool), torch.arange(self.sequences)
         copies = {i: functools.partial(layers.select, layer, everyone) for i, layer in self._layers.items()}
         layers.replace(other._layers, copies)
@@ -254,6 +272,7 @@ class PiKVCache:
         if not len(index):
             self.reset()
             return
+        self._arrivals.check_home(self._layers.values())
         chosen = {i: functools.partial(layers.select, layer, index) for i, layer in self._layers.items()}
         layers.replace(self._layers, chosen)
         self._lineage = self._lineage and self._lineage.select(index)
@@ -270,6 +289,8 @@ class PiKVCache:
             return
         checks.same_layers(self._layers, other._layers)
         caches = [self] if other is self else [self, other]
+        for cache in caches:
+            cache._arrivals.check_home(cache._layers.values())
         pending = [(cache, [layer for layer in cache._layers.values() if not layer.settled]) for cache in caches]
         decisions = [cache._settler.decide(unsettled, prefilling=cache._prefilling) for cache, unsettled in pending]
         self._settler.carry_out([decision for decided in decisions for decision in decided])
@@ -288,6 +309,7 @@ class PiKVCache:
         Raises StateError if a window has dropped what the next query would see.
         """
         end = checks.ends(tokens, self.sequences)
+        self._arrivals.check_home(self._layers.values())
         for layer in self._layers.values():
             checks.seen_from(layer, end)
         for layer in self._layers.values():
@@ -300,6 +322,7 @@ class PiKVCache:
         """Forget everything; the next update may bring another batch."""
         layers.release(self._layers)
         self._layers.clear()
+        self._arrivals.clear()
         self._lineage = None
         self._reads = ReadCounter(self.runtime.page_selector)
         self._prefilling = True
@@ -312,6 +335,7 @@ class PiKVCache:
 
         Between steps. Raises ConfigError without a streamer; StoreError, the cache and older versions as before.
         """
+        self._arrivals.check_home(self._layers.values())
         return checkpoint.commit(self.model, self.runtime, self.pool, self._layers, self._prefilling)
 
     @keeps_numbers

@@ -115,6 +115,20 @@ class LayerCache:
         self.last = torch.maximum(self.last, newest)
         self.seen = self.seen + (stored >= 0).sum(-1)
 
+    def rehome(self, keys: Tensor, values: Tensor, stored: Tensor) -> None:
+        """Store those of the last update's tokens at the positions `stored`, and no others of them.
+
+        keys, values: of that update, as `append` took them. stored: int64 [sequences, tokens], below 0 for the others.
+        """
+        past = torch.iinfo(torch.int32).max  # what has no new token keeps all
+        first = F.pad(self.queried.masked_fill(self.queried < 0, past), (0, 1), value=past).amin(-1)
+        there = self.tail.positions[..., : self.tail.width]
+        older = there < first[:, None, None].to(there.device)
+        self.tail.reserve(self.tail.width + stored.shape[1])  # first, so that nothing has changed if there is no room
+        self.seen = self.seen - (~older)[:, 0].sum(-1).cpu() + (stored >= 0).sum(-1)
+        self.tail.keep(older)
+        self.tail.append(keys, values, stored)
+
     def asked_from(self) -> Tensor:
         """Where the last update's queries stand, padding that stands somewhere included: int64 [sequences, tokens]."""
         return torch.where(self.queried < PADDING, -2 - self.queried, self.queried) if self.padded else self.queried

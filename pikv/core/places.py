@@ -13,7 +13,7 @@ from pikv.core.attention import Partial
 from pikv.core.config import LayerConfig, ModelConfig
 from pikv.core.errors import ConfigError
 from pikv.core.ports.allocator import ScoreAllocator
-from pikv.core.ports.sharding import HeadSharding, Sharding
+from pikv.core.ports.sharding import ExpertSharding, HeadSharding, Sharding
 from pikv.core.ports.transport import Solo, Transport
 
 if TYPE_CHECKING:
@@ -38,8 +38,23 @@ class Places:
         groups = 1
         if isinstance(runtime.sharding, HeadSharding):
             groups = _head_groups(model, runtime, runtime.sharding)
+        if isinstance(runtime.sharding, ExpertSharding):
+            _check_experts(model, runtime, runtime.sharding)
         transport = Solo() if runtime.transport is None else runtime.transport
         return cls(model=model, transport=transport, sharding=runtime.sharding, head_groups=groups)
+
+    @property
+    def by_expert(self) -> ExpertSharding | None:
+        """The sharding, if routing says where a token is stored."""
+        return self.sharding if isinstance(self.sharding, ExpertSharding) else None
+
+    def at_home(self, positions: Tensor, experts: Tensor) -> Tensor:
+        """Positions int64 [sequences, tokens] with -1 for tokens whose experts [sequences * tokens] are elsewhere."""
+        assert self.by_expert is not None
+        assert self.model.experts is not None
+        place = self.by_expert.place_of_expert(self.model.experts, self.transport.size)
+        here = place[experts.cpu()].view(positions.shape) == self.transport.rank
+        return positions.masked_fill(~here, -1)
 
     @property
     def sharing(self) -> int:
@@ -111,3 +126,19 @@ def _head_groups(model: ModelConfig, runtime: RuntimeConfig, sharding: HeadShard
             f"{type(sharding).__name__} no rank has those of all heads; shard by TokenRange(), or allocate by Uniform()"
         )
     return groups.pop()
+
+
+def _check_experts(model: ModelConfig, runtime: RuntimeConfig, sharding: ExpertSharding) -> None:
+    """Raise ConfigError unless tokens can be routed to these places."""
+    name = type(sharding).__name__
+    if model.experts is None or runtime.router is None:
+        raise ConfigError(
+            f"{name} needs experts in the model and a router in the runtime, got experts={model.experts} and "
+            f"router={runtime.router}; say them (the nearest router is TopK()), or shard by TokenRange()"
+        )
+    if runtime.remembers is not None:
+        raise ConfigError(
+            f"{type(runtime.remembers).__name__} remembers what a token was attended where it was stored, and with "
+            f"{name} it moves after that; compose another token selector, or shard by TokenRange()"
+        )
+    sharding.place_of_expert(model.experts, runtime.places)

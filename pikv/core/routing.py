@@ -8,6 +8,7 @@ from torch import Tensor
 from pikv.core.config import ModelConfig
 from pikv.core.errors import ConfigError, InputError
 from pikv.core.ports.router import Router, Routing
+from pikv.core.ports.sharding import ExpertSharding
 from pikv.core.runtime import RuntimeConfig
 
 
@@ -19,8 +20,11 @@ def choose(model: ModelConfig, runtime: RuntimeConfig, probabilities: Tensor, *,
             f"probabilities must be [batch, tokens of the last update, experts] = {[batch, tokens, experts]}, got "
             f"{list(probabilities.shape)}"
         )
-    places = torch.arange(experts, device=probabilities.device) * runtime.places // experts
-    return router.route(router.start(experts, places), probabilities.flatten(0, 1), k)
+    if isinstance(runtime.sharding, ExpertSharding):
+        places = runtime.sharding.place_of_expert(experts, runtime.places)
+    else:
+        places = torch.arange(experts) * runtime.places // experts
+    return router.route(router.start(experts, places.to(probabilities.device)), probabilities.flatten(0, 1), k)
 
 
 def check(model: ModelConfig, runtime: RuntimeConfig) -> None:

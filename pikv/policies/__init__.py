@@ -10,6 +10,7 @@ from pikv.policies.duo_attention import DuoAttention
 from pikv.policies.eplb import Eplb
 from pikv.policies.evict_oldest import EvictOldest
 from pikv.policies.expected_attention import ExpectedAttention
+from pikv.policies.expert_groups import ExpertGroups
 from pikv.policies.foresight import AsLastStep, AsThisLayer
 from pikv.policies.group_limited import GroupLimited
 from pikv.policies.h2o import HeavyHitters
@@ -43,6 +44,7 @@ __all__ = [
     "Eplb",
     "EvictOldest",
     "ExpectedAttention",
+    "ExpertGroups",
     "FurthestLayer",
     "GroupLimited",
     "HeavyHitters",

@@ -12,7 +12,7 @@ from torch import Tensor
 import pikv
 from pikv.core.ports import Sharding
 from pikv.core.ports.transport import Solo
-from pikv.policies import AdaKV, KvHeads, Pyramid, Recent, TokenRange
+from pikv.policies import AdaKV, ExpertGroups, HeavyHitters, KvHeads, Pyramid, Recent, TokenRange, TopK, Uniform
 from pikv.testing import strategies as some
 from pikv.testing.plain import PlainCache, rounding
 from pikv.testing.transport import FakeTransport, run_ranks
@@ -20,7 +20,7 @@ from pikv.testing.transport import FakeTransport, run_ranks
 
 @attrs.frozen(kw_only=True)
 class Text:
-    """Tokens of two sequences, the chunks that they come in, and what a plain cache answers."""
+    """Tokens of two sequences, the chunks that they come in, how they are routed, and what a plain cache answers."""
 
     model: pikv.ModelConfig
     runtime: pikv.RuntimeConfig
@@ -29,6 +29,7 @@ class Text:
     k: Tensor
     v: Tensor
     q: Tensor
+    probabilities: Tensor
     expected: Tensor
 
     def on_ranks(self, sharding: Sharding, ranks: int) -> list[tuple[Tensor, Tensor]]:
@@ -41,12 +42,14 @@ class Text:
                 sharding=sharding,
                 page_size=self.runtime.page_size,
                 tail_tokens=self.runtime.tail_tokens,
+                router=TopK(),
             )
             outputs = []
             for chunk in self.chunks:
                 cache.update(0, self.positions[:, chunk], self.k[:, :, chunk], self.v[:, :, chunk])
-                stored = cache.retrieve(0).positions
                 outputs.append(cache.attend(0, self.q[:, :, chunk]))
+                cache.route(0, self.probabilities[:, chunk])
+                stored = cache.retrieve(0).positions
             return torch.cat(outputs, dim=2), stored
 
         return run_ranks(ranks, rank)
@@ -64,8 +67,9 @@ class Text:
 
 @st.composite
 def texts(draw) -> Text:
-    """A model of one layer, and up to 50 tokens for it."""
-    model, total, generator = draw(some.model_configs(max_layers=1)), draw(st.integers(1, 50)), draw(some.generators())
+    """A model of one layer and four experts, and up to 50 tokens for it."""
+    shape, total, generator = draw(some.model_configs(max_layers=1)), draw(st.integers(1, 50)), draw(some.generators())
+    model = pikv.ModelConfig.of(shape.layers, dtype=shape.dtype, experts=4, experts_per_token=2)
     layer = model.layers[0]
     positions, sizes = draw(some.positions(2, total)), draw(some.chunkings(total, max_chunks=3))
     chunks = torch.arange(total).split(sizes)
@@ -83,6 +87,7 @@ def texts(draw) -> Text:
         k=k,
         v=v,
         q=q,
+        probabilities=torch.rand(2, total, 4, generator=generator),
         expected=torch.cat(expected, dim=2),
     )
 
@@ -107,6 +112,20 @@ def test_ranks_that_store_other_heads_answer_as_one(text, tokens, data):
     results = text.on_ranks(KvHeads(tokens=tokens), ranks)
     text.check(results)
     assert {stored.shape[1] for _, stored in results} == {max(1, heads // ranks)}
+
+
+@pytest.mark.property
+@given(text=texts(), ranks=st.integers(2, 4), tokens=st.integers(1, 7))
+def test_ranks_that_store_what_their_experts_are_best_for_answer_as_one(text, ranks, tokens):
+    """A token is at home where its first expert is, whoever had it until it was routed."""
+    results = text.on_ranks(ExpertGroups(tokens=tokens), ranks)
+    text.check(results)
+    home = text.probabilities.argmax(-1) % ranks
+    for rank, (_, stored) in enumerate(results):
+        for sequence in range(2):
+            here = text.positions[sequence, (home[sequence] == rank) & (text.positions[sequence] >= 0)]
+            if text.model.layers[0].window is None:
+                assert stored[sequence, 0][stored[sequence, 0] >= 0].tolist() == here.tolist()
 
 
 MODEL = pikv.ModelConfig(layers=2, query_heads=4, kv_heads=2, head_dim=8)
@@ -194,3 +213,82 @@ def test_a_budget_must_be_enough_for_all_ranks_of_a_head():
     transport = FakeTransport.group(4)[0]
     with pytest.raises(pikv.ConfigError, match=r"= 2 \* 32, got 40"):
         pikv.compose(MODEL, transport=transport, sharding=KvHeads(), budget_tokens=40, **BUDGET)
+
+
+ROUTED = pikv.ModelConfig(layers=2, query_heads=4, kv_heads=2, head_dim=8, experts=4, experts_per_token=2)
+
+
+def by_expert(**settings) -> pikv.PiKVCache:
+    """A cache that is alone and waits for routing, with 40 tokens in layer 0 that have attended."""
+    cache = pikv.compose(
+        ROUTED, transport=Solo(), sharding=ExpertGroups(), router=TopK(), page_size=16, tail_tokens=16, **settings
+    )
+    k, v, q = random_tokens(40)
+    cache.update(0, 0, k, v)
+    cache.attend(0, q)
+    return cache
+
+
+PROBABILITIES = torch.rand(2, 40, 4, generator=torch.Generator().manual_seed(0))
+
+
+BEFORE_ROUTE = {
+    "update": lambda cache: cache.update(0, 40, *random_tokens(1)[:2]),
+    "finish_prefill": lambda cache: cache.finish_prefill(),
+    "fork": lambda cache: cache.fork(),
+    "join": lambda cache: cache.join(cache),
+    "reorder": lambda cache: cache.reorder([1, 0]),
+    "crop": lambda cache: cache.crop(3),
+    "commit": lambda cache: cache.commit(),
+}
+
+
+@pytest.mark.parametrize("operation", BEFORE_ROUTE.values(), ids=BEFORE_ROUTE)
+def test_what_comes_before_route_is_refused(operation):
+    """StateError that says so; after route, or after a reset, the cache goes on."""
+    cache = by_expert()
+    assert cache.waits_for_route
+    with pytest.raises(pikv.StateError, match=r"layer 0: its last update waits to be routed.*call route\(0"):
+        operation(cache)
+    cache.route(0, PROBABILITIES)
+    cache.update(0, 40, *random_tokens(1)[:2])
+    cache.reset()
+    cache.update(0, 0, *random_tokens(1)[:2])
+
+
+def test_a_layer_without_room_is_settled_by_another_route():
+    """PoolFullError, the tokens at home meanwhile, and none of them twice."""
+    runtime = by_expert().runtime
+    pool = pikv.PagePool(ROUTED, runtime, capacity_bytes=8 * runtime.form(ROUTED, 0).stride)
+    hog = pool.allocate(runtime.form(ROUTED, 0), 8)
+    cache = by_expert(pool=pool)
+    with pytest.raises(pikv.PoolFullError):
+        cache.route(0, PROBABILITIES)
+    pool.release(runtime.form(ROUTED, 0), hog)
+    cache.route(0, PROBABILITIES)
+    assert cache.stored_bytes().pages
+    assert cache.retrieve(0).positions.tolist() == torch.arange(40).expand(2, 2, 40).tolist()
+
+
+@pytest.mark.parametrize(
+    ("model", "settings", "said"),
+    [
+        (MODEL, {"router": TopK()}, "ExpertGroups needs experts in the model and a router"),
+        (ROUTED, {}, r"the nearest router is TopK\(\)"),
+        (
+            ROUTED,
+            {"router": TopK(), "token_selector": HeavyHitters(), "allocator": Uniform(), "budget_tokens": 512},
+            "HeavyHitters remembers",
+        ),
+    ],
+)
+def test_experts_apart_are_refused_where_that_cannot_work(model, settings, said):
+    """With the reason."""
+    with pytest.raises(pikv.ConfigError, match=said):
+        pikv.compose(model, transport=Solo(), sharding=ExpertGroups(), **settings)
+
+
+def test_more_places_than_experts_are_refused():
+    """A place without an expert would store nothing."""
+    with pytest.raises(pikv.ConfigError, match="got 4 experts and 5 ranks"):
+        pikv.compose(ROUTED, transport=FakeTransport.group(5)[0], sharding=ExpertGroups(), router=TopK())

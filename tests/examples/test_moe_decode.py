@@ -55,10 +55,24 @@ def test_decoding_agrees_with_the_dense_decoder(model_folder, prompt_file, ranks
     assert "KvHeads(tokens=64)" in check_decoding(model_folder, prompt_file, ranks)
 
 
-@pytest.mark.parametrize("ranks", [pytest.param(2, marks=needs_mpi)])
-def test_decoding_by_token_range_agrees(model_folder, prompt_file, ranks):
-    """As by KV head."""
-    assert "TokenRange(tokens=64)" in check_decoding(model_folder, prompt_file, ranks, "--shard-by", "token_range")
+SHARDINGS = {"token_range": "TokenRange(tokens=64)", "experts": "ExpertGroups(tokens=64)"}
+
+
+@pytest.mark.parametrize("ranks", [pytest.param(ranks, marks=needs_mpi) for ranks in (2, 4)])
+@pytest.mark.parametrize(("name", "sharding"), SHARDINGS.items(), ids=SHARDINGS)
+def test_decoding_by_other_shardings_agrees(model_folder, prompt_file, ranks, name, sharding):
+    """As by KV head; what is sent is counted, and far less than the pages that stay where they are."""
+    said = check_decoding(model_folder, prompt_file, ranks, "--shard-by", name)
+    assert sharding in said
+    counted = re.search(r"attention ([\d,]+), experts ([\d,]+); pages moved to the queries would be ([\d,]+)", said)
+    attention, experts, pages = (int(number.replace(",", "")) for number in counted.groups())
+    assert 0 < attention < pages / 20
+    assert experts > 0
+
+
+def test_a_rank_that_is_alone_routes_its_tokens(model_folder, prompt_file):
+    """And sends nothing."""
+    assert "attention 0, experts 0;" in check_decoding(model_folder, prompt_file, 1, "--shard-by", "experts")
 
 
 def test_the_default_prompt_asks_for_a_pair_that_it_hides(model_folder):

@@ -31,7 +31,7 @@ from pikv.core.ports.selector import (
     SecondPassSelector,
     TokenSelector,
 )
-from pikv.core.ports.sharding import HeadSharding, Sharding
+from pikv.core.ports.sharding import ExpertSharding, HeadSharding, Sharding
 from pikv.core.ports.streamer import Manifest, Streamer, Version
 from pikv.core.ports.transport import Transport
 
@@ -48,6 +48,7 @@ __all__ = [
     "Compressor",
     "Demotion",
     "Done",
+    "ExpertSharding",
     "FormCompressor",
     "FullPool",
     "HeadSharding",

@@ -28,3 +28,14 @@ class HeadSharding(Sharding):
 
         Raises ConfigError where these places do not divide such heads.
         """
+
+
+class ExpertSharding(Sharding):
+    """A token goes to the place of its best expert in the same layer, all KV heads together.
+
+    That is known only when the layer has attended and the token was routed; until then `owner` says who stores it.
+    """
+
+    @abc.abstractmethod
+    def place_of_expert(self, experts: int, places: int) -> Tensor:
+        """Return the place of each expert: int64 [experts], each below `places`. Raises ConfigError for too few."""
