@@ -21,6 +21,7 @@ from pikv.core.errors import (
     VersionError,
     WaitTimeoutError,
 )
+from pikv.core.expert_cache import ExpertKVCache
 from pikv.core.page_reads import LayerReads, PageReads
 from pikv.core.pool import PagePool
 from pikv.core.ports.streamer import Version
@@ -36,6 +37,7 @@ __all__ = [
     "ContextKV",
     "DamagedError",
     "Description",
+    "ExpertKVCache",
     "InputError",
     "LayerConfig",
     "LayerError",
