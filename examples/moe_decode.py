@@ -8,6 +8,7 @@ Examples:
   python examples/moe_decode.py                                one rank, the default prompt
   mpirun -n 4 python examples/moe_decode.py --verify           four ranks, against a dense decoder
   mpirun -n 2 python examples/moe_decode.py --prompt 'import os' --tokens 50 --shard-by token_range
+  mpirun -n 2 python examples/moe_decode.py --far-tier 2:1 --verify     pages in slower memory, fetched ahead
   python examples/moe_decode.py --budget-tokens 512 --token-selector recent --verify    how much a budget costs
 """
 
@@ -27,7 +28,8 @@ from typing import NoReturn, TypeVar
 import attrs
 import torch
 from mixtral import Cache, DenseCache, Mixtral, MixtralConfig
-from moe_checks import TOLERANCE, Agreement, Homes, Stored, Wire, excesses, table
+from moe_checks import TOLERANCE, Agreement, Homes, Stored, excesses, table
+from moe_compose import CHOSEN, Composed, compose, far_tier
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 from torch import Tensor
@@ -37,8 +39,6 @@ from pikv.core.ports.transport import Solo, Transport
 
 MODEL = Path(__file__).parents[1] / "downstream_tasks" / "models" / "tiny_moe"
 PAIRS = {"B": "ek", "Q": "xy", "7": "no", "W": "da"}  # hidden in the default prompt
-CHOSEN = ("allocator", "token_selector", "page_selector", "compressor", "router", "shard_by")  # by name
-COMPOSED = (*CHOSEN, "budget_tokens", "tail_tokens", "page_size")
 LAUNCHED = ("PMI_SIZE", "PMIX_RANK", "OMPI_COMM_WORLD_SIZE")  # what mpirun of MPICH, of PMIx, of Open MPI sets
 
 Value = TypeVar("Value")
@@ -86,6 +86,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     cache.add_argument("--budget-tokens", type=count, help="mean tokens kept, for each layer and KV head")
     cache.add_argument("--page-size", type=count, help="tokens a page: 16, 32 or 64")
     cache.add_argument("--tail-tokens", type=count, help="newest tokens that stay dense")
+    ranks = parser.add_argument_group("ranks and memory")
+    ranks.add_argument("--far-tier", type=far_tier, metavar="MS:GB", help="keep only a part of the pages near, others "
+                       "in a model of slower memory: so many ms and GB/s for a batch, for instance 2:1")  # fmt: skip
+    ranks.add_argument("--overlap", action=argparse.BooleanOptionalAction, default=True,
+                       help="fetch the next layer's pages while ranks exchange answers (default: yes)")  # fmt: skip
     return parser.parse_args(argv)
 
 
@@ -135,8 +140,8 @@ class Session:
     prompt_ids: Tensor
     model: Mixtral
     cache: pikv.PiKVCache
+    parts: Composed
     homes: Homes | None
-    wire: Wire
     dense: Decoder | None
 
     @classmethod
@@ -149,9 +154,9 @@ class Session:
         prompt_ids = torch.tensor(tokenizer.encode(prompt).ids)
         if not len(prompt_ids):
             raise pikv.InputError("the prompt must have at least one token, got none; pass some text")
-        cache, wire, homes = *composed(arguments, config, transport), None
-        if cache.waits_for_route:
-            homes = Homes(cache, transport.size)
+        parts = compose(arguments, config, transport, len(prompt_ids) + arguments.tokens)
+        cache, wire = parts.cache, parts.wire
+        homes = Homes(cache, transport.size) if cache.waits_for_route else None
         router, routed = cache.runtime.router, None if homes is None else homes.route
         dense = None
         if arguments.verify and transport.rank == 0:
@@ -163,20 +168,10 @@ class Session:
             prompt_ids=prompt_ids,
             model=Mixtral(arguments.model, wire.experts, router, routed),
             cache=cache,
+            parts=parts,
             homes=homes,
-            wire=wire,
             dense=dense,
         )
-
-
-def composed(arguments: argparse.Namespace, config: MixtralConfig, transport: Transport) -> tuple[pikv.PiKVCache, Wire]:
-    """The cache that the arguments name, and what counts what it and the model send."""
-    described, wire = model_config(config), Wire.over(transport)
-    names = {name: getattr(arguments, name) for name in COMPOSED if getattr(arguments, name) is not None}
-    if arguments.shard_by == "experts":
-        names = {"router": "top_k"} | names
-    runtime = pikv.runtime_from(names, described, transport=wire.attention)
-    return pikv.PiKVCache(described, runtime), wire
 
 
 def read_prompt(arguments: argparse.Namespace) -> str:
@@ -191,20 +186,6 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     if not (folder / "tokenizer.json").is_file():
         raise pikv.InputError(f"{folder} has no tokenizer.json; copy the whole folder")
     return Tokenizer.from_file(str(folder / "tokenizer.json"))
-
-
-def model_config(config: MixtralConfig) -> pikv.ModelConfig:
-    """Describe the model to PiKV."""
-    return pikv.ModelConfig(
-        layers=config.layers,
-        query_heads=config.query_heads,
-        kv_heads=config.kv_heads,
-        head_dim=config.head_dim,
-        window=config.window,
-        rotary=config.rotary,
-        experts=config.experts,
-        experts_per_token=config.experts_per_token,
-    )
 
 
 def on_all_ranks(transport: Transport, prepare: Callable[[], Value]) -> Value | None:
@@ -233,7 +214,7 @@ def decode(session: Session, decoder: Decoder, agreement: Agreement) -> int:
     dense_logits = dense.prefill(session.prompt_ids, chunk) if dense else logits
     session.cache.finish_prefill()  # evicts and seals now, so that the time below is decoding alone
     decoder.seconds = 0.0
-    session.wire.begin()
+    session.parts.wire.begin()
     for decoded in range(session.arguments.tokens):
         if dense:
             agreement.add(logits, dense_logits)
@@ -253,10 +234,11 @@ def run(session: Session, transport: Transport) -> int:
     stored = Stored.everywhere(session.model, session.cache)
     problems = excesses(session.model, session.cache, stored, decoder.position, session.homes)
 
-    sent = session.wire.report(stored, tokens)
+    sent = session.parts.wire.report(stored, tokens)
     speed = tokens / decoder.seconds if tokens else 0.0
     print(f"\n\n{tokens} tokens decoded, {speed:.1f} a second; ranks: {transport.size}\n")
-    print(table(session.model, stored, decoder.position), sent, session.cache.describe(), sep="\n\n")
+    print(table(session.model, stored, decoder.position), sent, session.parts.hidden(), sep="\n\n")
+    print(session.cache.describe())
     if session.dense:
         print(f"\nverify: {agreement}")
         if not agreement.holds():

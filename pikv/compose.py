@@ -16,6 +16,7 @@ from pikv.core.config import ModelConfig
 from pikv.core.errors import ConfigError, UnknownNameError
 from pikv.core.exact import Exact, KeepAll, LeastRecentlyRead, Refuse
 from pikv.core.missing_backend import MissingBackend
+from pikv.core.overlap import Overlap
 from pikv.core.pool import PagePool
 from pikv.core.ports import (
     Allocator,
@@ -201,6 +202,7 @@ def compose(
     near_bytes: int | None = None,
     demotion: Demotion | None = None,
     predictor: PagePredictor | None = None,
+    overlap: Overlap | None = None,
     backends: Iterable[Backend] | None = None,
     pool: PagePool | None = None,
 ) -> PiKVCache:
@@ -230,6 +232,7 @@ def compose(
         tiers=tuple(tiers),
         demotion=LeastRecentlyRead() if demotion is None else demotion,
         predictor=predictor,
+        overlap=overlap,
         backends=installed_backends(model.device) if backends is None else tuple(backends),
     )
     if near_bytes is not None:

@@ -60,7 +60,7 @@ class PiKVCache:
         self._arrivals = Arrivals(self._places)
         self._rehearsal = Rehearsal(selector=self.runtime.remembers, layers=self._layers)
         self._reads = ReadCounter(self.runtime.page_selector)
-        self._prefetcher = Prefetcher.of(self.runtime.predictor, self._layers)
+        self._prefetcher = Prefetcher.of(self.runtime.predictor, self._layers, self.runtime.overlap)
         self._prefilling = True
         self._lineage: Lineage | None = None
         weakref.finalize(self, layers.abandon, self._layers)

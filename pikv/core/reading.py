@@ -82,7 +82,12 @@ def answer(
     """
     grouped = queries.unflatten(1, (layer.config.kv_heads, layer.config.group))
     stored = attend(layer, served, grouped, layer.asked_from(), reads, prefetcher)
-    partial = with_sinks(places.model.layers[layer.layer_id], places.merged(stored))
+    try:
+        merged = places.merged(stored)
+    finally:
+        if prefetcher is not None:
+            prefetcher.finish()
+    partial = with_sinks(places.model.layers[layer.layer_id], merged)
     output = partial.output.flatten(1, 2).to(queries.dtype)
     if layer.padded:
         output = output.masked_fill((layer.queried == PADDING)[:, None, :, None].to(output.device), 0)
@@ -113,7 +118,10 @@ def _pages_to_read(
 ) -> Pages:
     selector = reads.selector
     if selector is None or served.choose is None or query.shape[3] != 1:
-        return layer.pages()
+        pages = layer.pages()
+        if selector is None and prefetcher is not None:
+            prefetcher.everything(layer)
+        return pages
     counter, stored = reads.layer(layer.layer_id), int(layer.table.counts.sum())
     fixed = not isinstance(selector, MassSelector) or selector.mass is None
     if layer.layer_id < selector.dense_layers or (fixed and layer.table.width <= selector.pages):

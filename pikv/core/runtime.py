@@ -8,6 +8,7 @@ from pikv.core.config import ModelConfig
 from pikv.core.errors import ConfigError
 from pikv.core.exact import Exact, KeepAll, LeastRecentlyRead, Refuse
 from pikv.core.forms import PageForm
+from pikv.core.overlap import Overlap
 from pikv.core.ports import (
     Allocator,
     AttendedTokenSelector,
@@ -47,7 +48,8 @@ class RuntimeConfig:
     backends: asked in this order for a kernel, once a layer. transport and sharding: where tokens are stored when
     several ranks decode together. streamer: where `commit` puts versions. tiers: where pages go that do not fit near,
     the fastest first, with room for every page that the pool takes; demotion says which go, predictor which the next
-    layer will choose, so that they are fetched ahead. Streamer and tiers stay their maker's to close.
+    layer will choose, so that they are fetched ahead; overlap during whose collectives that begins, by default at once.
+    Streamer, tiers and transport stay their maker's to close.
     """
 
     compressor: Compressor | tuple[Compressor, ...] = attrs.field(
@@ -68,6 +70,7 @@ class RuntimeConfig:
     tiers: tuple[MemoryTier, ...] = attrs.field(default=(), converter=tuple)
     demotion: Demotion = attrs.field(factory=LeastRecentlyRead, validator=is_a(Demotion))
     predictor: PagePredictor | None = attrs.field(default=None, validator=is_a(PagePredictor))
+    overlap: Overlap | None = attrs.field(default=None, validator=is_a(Overlap))
 
     def __attrs_post_init__(self) -> None:
         if self.page_size not in PAGE_SIZES:
@@ -77,11 +80,8 @@ class RuntimeConfig:
         if (self.transport is None) != (self.sharding is None):
             given, missing = ("transport", "sharding") if self.sharding is None else ("sharding", "transport")
             raise ConfigError(f"{given} was given without {missing}; several ranks need both, one rank neither")
-        if self.predictor is not None and (not self.tiers or self.page_selector is None):
-            raise ConfigError(
-                "predictor needs tiers to fetch from and a page_selector whose choices it foresees; add them or leave "
-                "it out"
-            )
+        if self.predictor is not None and not self.tiers:
+            raise ConfigError("predictor needs tiers to fetch from; add some or leave it out")
         self._check_budget()
 
     def _check_budget(self) -> None:

@@ -339,13 +339,11 @@ def test_a_layer_that_does_not_fit_near_is_said():
 
 
 def test_tiers_must_hold_what_is_near():
-    """ConfigError; also for a predictor that has nothing to foresee."""
+    """ConfigError; also for a predictor that has nothing to fetch from."""
     with pytest.raises(pikv.ConfigError, match="tiers must have room for all that lies near"):
         near(runtime_of(HostTier(capacity_bytes=10 * STRIDE)))
     with pytest.raises(pikv.ConfigError, match="predictor needs tiers"):
         pikv.RuntimeConfig(predictor=AsLastStep(), page_selector=Quest(pages=2))
-    with pytest.raises(pikv.ConfigError, match="predictor needs tiers"):
-        pikv.RuntimeConfig(predictor=AsLastStep(), tiers=[host()])
 
 
 # --- with others

@@ -75,6 +75,16 @@ def test_a_rank_that_is_alone_routes_its_tokens(model_folder, prompt_file):
     assert "attention 0, experts 0;" in check_decoding(model_folder, prompt_file, 1, "--shard-by", "experts")
 
 
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=needs_mpi)])
+@pytest.mark.parametrize("overlap", ["--overlap", "--no-overlap"])
+def test_decoding_from_far_memory_agrees(model_folder, prompt_file, ranks, overlap):
+    """Pages that are fetched, ahead or when needed, are the pages that were stored; what was hidden is said."""
+    said = check_decoding(model_folder, prompt_file, ranks, "--far-tier", "1:1", overlap, "--tokens", 40)
+    assert re.search(r"far tier, a model: 0\.[0-9]+ s of reads, [0-9.]+ s exposed, [0-9]+% hidden", said)
+    assert ("Overlap: none" in said) == (overlap == "--no-overlap")
+    assert ("prefetch: " in said) == (overlap == "--overlap")
+
+
 def test_the_default_prompt_asks_for_a_pair_that_it_hides(model_folder):
     """It is deterministic, and the question is the last line."""
     done = moe_decode(1, "--model", model_folder, "--tokens", 1)
@@ -107,6 +117,7 @@ MISTAKES = {
     "an empty prompt": (["--prompt", ""], "at least one token"),
     "a count that is none": (["--tokens", "0"], "--tokens"),
     "an unknown flag": (["--page-sise", "16"], "--page-sise"),
+    "a far tier without a speed": (["--far-tier", "2"], "MS:GB"),
     "an unknown name": (["--compressor", "nonesuch"], "nonesuch"),
 }
 
