@@ -16,6 +16,7 @@ from downstream_tasks.shared import models
 from downstream_tasks.shared.errors import TaskError
 from downstream_tasks.shared.examples import Example
 from downstream_tasks.shared.flags import NEWEST
+from downstream_tasks.shared.processes import Ranks
 
 FOLDER, RUN = "checkpoints", "run.json"
 _SAME = ("batch_size", "gradient_accumulation", "learning_rate", "num_epochs", "seed", "dtype", "load_balance")
@@ -27,7 +28,9 @@ def begin(folder: Path, described: Mapping[str, Any]) -> None:
     (folder / RUN).write_text(json.dumps(described, indent=2) + "\n")
 
 
-def describe(model: nn.Module, examples: Sequence[Example], flags: argparse.Namespace, *, task: str) -> dict[str, Any]:
+def describe(
+    model: nn.Module, examples: Sequence[Example], flags: argparse.Namespace, ranks: Ranks, *, task: str
+) -> dict[str, Any]:
     """What must be the same for a resumed run to have the same losses."""
     return {
         "task": task,
@@ -35,6 +38,7 @@ def describe(model: nn.Module, examples: Sequence[Example], flags: argparse.Name
         "parameters": models.counts(model)["parameters"],
         "shape": models.fingerprint(model),
         "lora": [flags.rank, flags.alpha] if flags.use_lora else None,
+        "expert_parallel": ranks.world_size if flags.expert_parallel else None,
         "samples": len(examples),
         "tokens": sum(len(example.prompt) + len(example.answer) for example in examples),
         **{name: getattr(flags, name) for name in _SAME},

@@ -79,6 +79,7 @@ def _add_loop(made: argparse.ArgumentParser) -> None:
     loop.add_argument("--max_grad_norm", type=positive(float), default=1.0)
     loop.add_argument("--warmup_steps", type=int, default=20)
     loop.add_argument("--load_balance", type=float, default=0.01, help="weight of the experts' load-balance loss")
+    loop.add_argument("--expert_parallel", action="store_true", help="split each layer's experts over the processes")
     loop.add_argument("--logging_steps", type=positive(int), default=10)
     loop.add_argument("--save_steps", type=positive(int), help="steps between checkpoints; an epoch if left out")
     loop.add_argument("--timeout_s", type=positive(int), default=600, help="how long a process waits for another")
@@ -122,5 +123,11 @@ def _check(made: argparse.ArgumentParser, flags: argparse.Namespace) -> None:
         made.error(f"--device {flags.device} is not there: torch finds no GPU; use --device cpu")
     if flags.output.exists() and not flags.output.is_dir():
         made.error(f"--output {flags.output} is a file; name a folder, which is made if it is missing")
+    if flags.expert_parallel and flags.model_type != "distributed":
+        made.error("--expert_parallel splits experts over processes; add --model_type distributed, or leave it out")
+    if flags.expert_parallel and flags.use_lora:
+        made.error("--expert_parallel trains whole experts; adapters are small, so --use_lora needs no splitting")
+    if flags.expert_parallel and flags.dtype == "float16":
+        made.error("--expert_parallel clips gradients that are not scaled; use --dtype bfloat16 or float32")
     if flags.eval_only and flags.resume:
         made.error("--eval_only trains nothing, so there is nothing to --resume; leave one out")

@@ -1,87 +1,25 @@
-"""The training loop: transformers' Trainer, with the loss of a task and the experts' load balance."""
+"""The training loop: the flags of a task given to the Trainer."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 from torch.utils.tensorboard import SummaryWriter
-from transformers import (
-    DataCollatorForSeq2Seq,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    PrinterCallback,
-    Trainer,
-    TrainingArguments,
-)
+from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase, PrinterCallback, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
 from downstream_tasks.shared import checkpoints
-from downstream_tasks.shared.balance import load_balance
 from downstream_tasks.shared.callbacks import CsvLog, Progress
 from downstream_tasks.shared.errors import TaskError
 from downstream_tasks.shared.examples import IGNORED, Example, Rows
+from downstream_tasks.shared.expert_parallel import ExpertShards
+from downstream_tasks.shared.expert_training import ExpertTrainer
 from downstream_tasks.shared.processes import Ranks, lost
-
-
-class TaskTrainer(Trainer):
-    """A Trainer whose loss is the mean over all tokens of a step, of all processes, plus the load balance."""
-
-    def __init__(self, model: nn.Module, *, balance_weight: float, **settings: Any) -> None:
-        super().__init__(model, **settings)
-        self.model_accepts_loss_kwargs = True  # so that num_items_in_batch counts the tokens of all processes
-        self._weight = balance_weight if getattr(model.config, "output_router_logits", None) is not None else 0.0
-        self._balances: list[Tensor] = []
-
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Tensor],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:
-        """The loss of a part of a step, such that the mean over processes of their sums is the step's."""
-        labels = inputs["labels"][:, 1:]
-        asked = {"output_router_logits": True} if self._weight else {}
-        outputs = model(
-            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False, **asked
-        )
-        logits = outputs.logits[:, :-1].float()
-        loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
-        loss = loss / ((labels != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch)
-        if self._weight:
-            per_token: int = self.model.config.num_experts_per_tok
-            balance = load_balance(outputs.router_logits, inputs["attention_mask"], per_token=per_token)
-            balance = balance / self.current_gradient_accumulation_steps
-            self._balances.append(balance.detach())
-            loss = loss + self._weight * balance
-        loss = loss * self.accelerator.num_processes
-        return (loss, outputs) if return_outputs else loss
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Load a checkpoint as it is written: transformers 5 writes a layer's experts one by one.
-
-        The Trainer of 5.2 reads the file without putting them together again, warns, and goes on with other weights.
-        """
-        held = self.model if model is None else model
-        if isinstance(held, PreTrainedModel):
-            held.load_state_dict(type(held).from_pretrained(resume_from_checkpoint, dtype=held.dtype).state_dict())
-        else:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the mean load balance since the last log; an even load has that of the experts of a token."""
-        if self._balances and "loss" in logs:
-            summed = self.accelerator.reduce(torch.stack(self._balances).sum(), reduction="sum").item()
-            steps = len(self._balances) / self.current_gradient_accumulation_steps
-            logs = {**logs, "load_balance": summed / steps}
-            self._balances.clear()
-        super().log(logs, start_time)
+from downstream_tasks.shared.trainer import TaskTrainer
 
 
 def train(
@@ -100,11 +38,12 @@ def train(
             "whole batches; lower it or give more data"
         )
     folder = flags.output / checkpoints.FOLDER
-    described = checkpoints.describe(model, examples, flags, task=task)
+    described = checkpoints.describe(model, examples, flags, ranks, task=task)
     checkpoint = checkpoints.resumed(folder, flags.resume, described)
     if ranks.first:
         checkpoints.begin(folder, described)
-    trainer = TaskTrainer(
+    shards = ExpertShards(model, ranks) if flags.expert_parallel else None
+    trainer = _trainer(shards, flags)(
         model,
         balance_weight=flags.load_balance,
         args=settings(flags, ranks, folder),
@@ -120,6 +59,14 @@ def train(
         trainer.train(resume_from_checkpoint=checkpoint)
     except RuntimeError as error:
         raise (lost(error, ranks) or error) from error
+    if shards is not None:
+        shards.join()
+
+
+def _trainer(shards: ExpertShards | None, flags: argparse.Namespace) -> Callable[..., TaskTrainer]:
+    if shards is None:
+        return TaskTrainer
+    return functools.partial(ExpertTrainer, shards=shards, max_norm=flags.max_grad_norm)
 
 
 def settings(flags: argparse.Namespace, ranks: Ranks, folder: Path) -> TrainingArguments:
@@ -132,7 +79,7 @@ def settings(flags: argparse.Namespace, ranks: Ranks, folder: Path) -> TrainingA
         num_train_epochs=flags.num_epochs,
         lr_scheduler_type="cosine",
         warmup_steps=flags.warmup_steps,
-        max_grad_norm=flags.max_grad_norm,
+        max_grad_norm=0.0 if flags.expert_parallel else flags.max_grad_norm,  # ExpertTrainer clips
         bf16=flags.dtype == "bfloat16",
         fp16=flags.dtype == "float16",
         logging_steps=flags.logging_steps,

@@ -68,6 +68,8 @@ def test_a_bad_file_is_refused(tmp_path: Path, text: str, message: str, capsys: 
         (("--dtype", "float16", "--device", "cpu"), "--dtype float16 trains on a GPU only; use --dtype bfloat16"),
         (("--eval_only", "--resume"), "there is nothing to --resume"),
         (("--output", __file__), "test_flags.py is a file; name a folder"),
+        (("--expert_parallel",), "--expert_parallel splits experts over processes; add --model_type distributed"),
+        (("--expert_parallel", "--model_type", "distributed", "--use_lora"), "adapters are small"),
     ],
 )
 def test_flags_that_do_not_go_together(line: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]) -> None:
