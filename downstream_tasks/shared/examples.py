@@ -41,8 +41,17 @@ class Encoder:
     def __call__(self, item: Item) -> Example:
         """The example of an item."""
         question, answer = self._ids(item.question), self._ids(item.answer)
-        room = max(0, self._max_tokens - len(self._start) - len(question) - len(answer))
-        return Example([*self._start, *self._ids(item.context)[:room], *question], answer, item.accepted)
+        return Example([*self._start, *self._ids(item.context)[: self._room(item)], *question], answer, item.accepted)
+
+    def cut(self, item: Item) -> Item:
+        """The item with as much of its context as is read, so that whatever a model is compared with reads no more."""
+        context, room = self._ids(item.context), self._room(item)
+        return item if len(context) <= room else attrs.evolve(item, context=self._tokenizer.decode(context[:room]))
+
+    def _room(self, item: Item) -> int:
+        """For the context, in tokens."""
+        rest = len(self._ids(item.question)) + len(self._ids(item.answer))
+        return max(0, self._max_tokens - len(self._start) - rest)
 
     def _ids(self, text: str) -> list[int]:
         ids: list[int] = self._tokenizer(text, add_special_tokens=False).input_ids

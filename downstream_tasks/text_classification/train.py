@@ -99,8 +99,8 @@ def task(asked: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> Task:
             f"labels must be 2 to {len(LETTERS)} different ones, got {len(labels)}: {', '.join(labels[:9])}"
         )
     letters = dict(zip(labels, LETTERS, strict=False))
-    items = [as_items(texts, letters) for texts in (train, held_out)]
     encode = Encoder(tokenizer, max_tokens=asked.max_tokens)
+    items = [[encode.cut(item) for item in as_items(texts, letters)] for texts in (train, held_out)]
     return Task(
         name="text classification",
         train=[encode(item) for item in items[0]],

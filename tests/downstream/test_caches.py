@@ -114,6 +114,18 @@ def test_a_question_survives_a_long_context() -> None:
     assert tokenizer.decode(example.prompt).endswith("x\n@key?")
 
 
+def test_what_a_model_is_compared_with_reads_no_more() -> None:
+    """An item is cut to the context that its example has; one that fits stays as it is."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(SHIPPED)
+    encode, long, short = (
+        Encoder(tokenizer, max_tokens=50),
+        qa.item("x" * 200, "key?", ["yes"]),
+        qa.item("x", "k", ["y"]),
+    )
+    assert encode.cut(long).context + long.question == tokenizer.decode(encode(long).prompt)
+    assert encode.cut(short) is short
+
+
 def test_squad_without_answers_is_refused(tmp_path: Path) -> None:
     """Rows that have neither answer nor answers cannot be trained on."""
     rows = [json.dumps({"context": "c", "question": "q"})] * 4
