@@ -70,10 +70,10 @@ def fact_item(passage: str, rng: np.random.Generator) -> Item:
     return item("\n".join(lines), str(keys[0]), [values[0]])
 
 
-def generated(samples: int, held_out: bool, *, characters: int, seed: int) -> list[Item]:
+def generated(samples: int, held_out: bool, *, characters: int, seed: int, validation: bool = False) -> list[Item]:
     """Questions over passages of documentation, every second one for a hidden fact."""
     rng = np.random.default_rng([seed, held_out])
-    files = [each for each in sources.documents(PACKAGES) if each.held_out == held_out]
+    files = sources.split(PACKAGES, held_out=held_out, validation=validation)
     asked: list[Item] = []
     for index in rng.permutation(len(files)):
         pieces = [piece for text in sources.documentation(files[index]) for piece in _pieces(text, characters)]
@@ -175,7 +175,7 @@ class Answers:
 def task(asked: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> Task:
     """The task as its flags ask for it."""
     characters = asked.max_tokens - 64  # room for the facts, the question and the answer
-    made = functools.partial(generated, characters=characters, seed=asked.seed)
+    made = functools.partial(generated, characters=characters, seed=asked.seed, validation=asked.validation)
     train, held_out = split(asked, own, made)
     encode = Encoder(tokenizer, max_tokens=asked.max_tokens)
     return Task(

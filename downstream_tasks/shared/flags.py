@@ -42,6 +42,7 @@ def parser(
     sizes = made.add_argument_group("sizes of the task")
     sizes.add_argument("--train_samples", type=positive(int), default=train_samples, help="at most so many")
     sizes.add_argument("--eval_samples", type=positive(int), default=eval_samples, help="at most so many, held out")
+    sizes.add_argument("--validation", action="store_true", help="evaluate on other files, to choose flags by")
     sizes.add_argument("--max_tokens", type=positive(int), default=max_tokens, help="of a sample; the rest is cut off")
     return made
 
@@ -123,6 +124,8 @@ def _check(made: argparse.ArgumentParser, flags: argparse.Namespace) -> None:
         made.error(f"--device {flags.device} is not there: torch finds no GPU; use --device cpu")
     if flags.output.exists() and not flags.output.is_dir():
         made.error(f"--output {flags.output} is a file; name a folder, which is made if it is missing")
+    if flags.validation and flags.data:
+        made.error("--validation is of the generated data; give --data the split to choose flags by")
     if flags.expert_parallel and flags.model_type != "distributed":
         made.error("--expert_parallel splits experts over processes; add --model_type distributed, or leave it out")
     if flags.expert_parallel and flags.use_lora:

@@ -17,6 +17,7 @@ from downstream_tasks.shared.errors import TaskError
 PYTHON = "python"  # the standard library, by the name of a package
 _SKIPPED = {"site-packages", "test", "tests", "testing", "idlelib", "__pycache__", "encodings"}
 _LEAST_BYTES = 400  # of a file worth reading
+_TENTH = 26  # of 256
 
 
 @attrs.frozen
@@ -33,9 +34,9 @@ class Document:
         return self.path.read_text(encoding="utf-8", errors="replace").expandtabs(4)
 
     @property
-    def held_out(self) -> bool:
-        """One file in ten, by its name, is for evaluation: those that the shipped model never saw."""
-        return hashlib.sha256(self.name.encode()).digest()[0] < 26
+    def number(self) -> int:
+        """From 0 to 255, by its name: what a file is for goes by this."""
+        return hashlib.sha256(self.name.encode()).digest()[0]
 
 
 def folder_of(package: str) -> Path:
@@ -58,6 +59,15 @@ def documents(packages: Iterable[str]) -> Iterator[Document]:
             name = path.relative_to(root)
             if not _SKIPPED & set(name.parts) and path.stat().st_size >= _LEAST_BYTES:
                 yield Document(package, name.as_posix(), path)
+
+
+def split(packages: Iterable[str], *, held_out: bool, validation: bool) -> list[Document]:
+    """Files to train on, or those held out: one in ten, which the shipped model never saw.
+
+    validation: leave those alone, and hold out one in ten of the others, to choose flags by.
+    """
+    first = _TENTH if validation else 0
+    return [each for each in documents(packages) if each.number >= first and (each.number < first + _TENTH) == held_out]
 
 
 def documentation(document: Document) -> list[str]:

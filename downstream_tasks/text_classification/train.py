@@ -38,12 +38,14 @@ LETTERS = string.ascii_uppercase + string.ascii_lowercase
 CUE = "\n?"
 
 
-def passages(samples: int, held_out: bool, *, characters: int, seed: int) -> list[tuple[str, str]]:
+def passages(
+    samples: int, held_out: bool, *, characters: int, seed: int, validation: bool = False
+) -> list[tuple[str, str]]:
     """Texts and their packages, about the same number of each; they begin at the beginning of a line."""
     rng = np.random.default_rng([seed, held_out])
     found: list[tuple[str, str]] = []
     for package in PACKAGES:
-        texts = [each.text for each in sources.documents([package]) if each.held_out == held_out]
+        texts = [each.text for each in sources.split([package], held_out=held_out, validation=validation)]
         if not texts:
             raise TaskError(f"{package} has no file that is {'held out' if held_out else 'for training'}")
         whole = "\n".join(texts)
@@ -91,7 +93,8 @@ class Answers:
 
 def task(asked: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> Task:
     """The task as its flags ask for it."""
-    made = functools.partial(passages, characters=4 * asked.max_tokens, seed=asked.seed)  # a token is seldom more
+    characters = 4 * asked.max_tokens  # a token is seldom more
+    made = functools.partial(passages, characters=characters, seed=asked.seed, validation=asked.validation)
     train, held_out = split(asked, own, made)
     labels = sorted({label for _, label in train})
     if not 2 <= len(labels) <= len(LETTERS):

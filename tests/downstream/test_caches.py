@@ -14,7 +14,7 @@ transformers = pytest.importorskip("transformers", reason="transformers is missi
 import numpy as np  # noqa: E402  # after the skips
 
 from downstream_tasks.qa import train as qa  # noqa: E402
-from downstream_tasks.shared import baselines, caches, results  # noqa: E402
+from downstream_tasks.shared import baselines, caches, results, sources  # noqa: E402
 from downstream_tasks.shared.errors import TaskError  # noqa: E402
 from downstream_tasks.shared.examples import Encoder, Example  # noqa: E402
 from downstream_tasks.text_classification import train as classification  # noqa: E402
@@ -104,6 +104,21 @@ def test_no_file_is_on_both_sides() -> None:
     train = classification.passages(samples=400, held_out=False, characters=200, seed=0)
     assert {package for _, package in held_out} == set(classification.PACKAGES)
     assert len({text for text, _ in held_out} & {text for text, _ in train}) <= 4  # licences
+
+
+def test_flags_are_chosen_by_files_that_are_not_the_test_s() -> None:
+    """Files held out for validation are of those that are trained on otherwise, and are not trained on."""
+    parts = {
+        (held_out, validation): {
+            each.name for each in sources.split(["networkx"], held_out=held_out, validation=validation)
+        }
+        for held_out in (False, True)
+        for validation in (False, True)
+    }
+    assert parts[True, True] | parts[False, True] == parts[False, False]
+    assert parts[True, True]
+    assert not parts[True, True] & parts[False, True]
+    assert not parts[True, False] & parts[False, False]
 
 
 def test_a_question_survives_a_long_context() -> None:

@@ -68,6 +68,7 @@ def test_a_bad_file_is_refused(tmp_path: Path, text: str, message: str, capsys: 
         (("--dtype", "float16", "--device", "cpu"), "--dtype float16 trains on a GPU only; use --dtype bfloat16"),
         (("--eval_only", "--resume"), "there is nothing to --resume"),
         (("--output", __file__), "test_flags.py is a file; name a folder"),
+        (("--validation", "--data", "rows.jsonl"), "give --data the split to choose flags by"),
         (("--expert_parallel",), "--expert_parallel splits experts over processes; add --model_type distributed"),
         (("--expert_parallel", "--model_type", "distributed", "--use_lora"), "adapters are small"),
     ],

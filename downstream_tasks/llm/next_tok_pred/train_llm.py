@@ -54,9 +54,9 @@ class Continuation(Example):
     values: tuple[slice, ...] = ()
 
 
-def installed(*, held_out: bool) -> str:
+def installed(*, held_out: bool, validation: bool) -> str:
     """The sources of PACKAGES, one after another."""
-    return "\n".join(each.text for each in sources.documents(PACKAGES) if each.held_out == held_out)
+    return "\n".join(each.text for each in sources.split(PACKAGES, held_out=held_out, validation=validation))
 
 
 def own(path: Path) -> tuple[str, str]:
@@ -159,7 +159,13 @@ def _told(reader: Reader, read: Read, answers: Sequence[Sequence[int]]) -> tuple
 
 def task(asked: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> Task:
     """The task as its flags ask for it."""
-    texts = own(asked.data) if asked.data else tuple(installed(held_out=out) for out in (False, True))
+    if asked.data:
+        texts = own(asked.data)
+    else:
+        texts = (
+            installed(held_out=False, validation=asked.validation),
+            installed(held_out=True, validation=asked.validation),
+        )
     cut = Samples(tokenizer, max_tokens=asked.max_tokens, pairs=asked.pairs)
     train, held_out = (
         cut.of(text, samples=samples, seed=[asked.seed, number])
