@@ -1,4 +1,4 @@
-"""Decode greedily with a Mixtral whose experts and whose KV pages are spread over MPI ranks.
+"""Decode greedily with a Mixtral whose experts and whose KV pages are spread over ranks, of MPI or of torchrun.
 
 Expert e lives at rank e % ranks; each rank stores the keys and values of its own KV heads, of its own token ranges, or
 of the tokens that its experts are best for (--shard-by; the heads and the ranks decide otherwise). Partial attention is
@@ -8,6 +8,7 @@ Examples:
   python examples/moe_decode.py                                one rank, the default prompt
   mpirun -n 4 python examples/moe_decode.py --verify           four ranks, against a dense decoder
   mpirun -n 2 python examples/moe_decode.py --prompt 'import os' --tokens 50 --shard-by token_range
+  torchrun --nproc_per_node 2 examples/moe_decode.py --verify
   mpirun -n 2 python examples/moe_decode.py --far-tier 2:1 --verify     pages in slower memory, fetched ahead
   python examples/moe_decode.py --budget-tokens 512 --token-selector recent --verify    how much a budget costs
 """
@@ -95,7 +96,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def open_transport() -> Transport:
-    """The transport of the ranks that mpirun started, or of one rank; pikv.InputError if MPI is missing."""
+    """The transport of the ranks that mpirun or torchrun started, or of one rank; PiKVError if there can be none."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # which torchrun sets
+        from pikv.adapters.torch_distributed import TorchTransport
+
+        return TorchTransport.from_environment()
     if not any(name in os.environ for name in LAUNCHED):
         return Solo()
     if int(os.environ.get("PMI_SIZE", 1)) > (os.cpu_count() or 1):
@@ -253,7 +258,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run on this rank; return the exit code: 0, 1 if a check failed, 2 for a mistake of the user's."""
     try:
         transport = open_transport()
-    except pikv.InputError as error:
+    except pikv.PiKVError as error:
         complain(error)
         return 2
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // transport.size))

@@ -75,6 +75,16 @@ def test_a_rank_that_is_alone_routes_its_tokens(model_folder, prompt_file):
     assert "attention 0, experts 0;" in check_decoding(model_folder, prompt_file, 1, "--shard-by", "experts")
 
 
+def test_torchrun_starts_it_too(model_folder, prompt_file):
+    """Without MPI."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(PROGRAM)]
+    command += ["--model", model_folder, "--prompt-file", prompt_file, "--verify", "--tokens", "20"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "20 of 20 tokens agree" in done.stdout
+    assert "ranks: 2\n" in done.stdout
+
+
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=needs_mpi)])
 @pytest.mark.parametrize("overlap", ["--overlap", "--no-overlap"])
 def test_decoding_from_far_memory_agrees(model_folder, prompt_file, ranks, overlap):
