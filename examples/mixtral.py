@@ -107,7 +107,8 @@ class Mixtral:
     """The decoder. All ranks call `step` with the same tokens and get the same logits.
 
     routed: is told a layer's number and its gate's probabilities [batch, tokens, experts], on every rank, once the
-    layer has attended.
+    layer has attended. slow_s: a model of a slow rank, whose experts take so much longer for each token. computed and
+    compute_s: the tokens that this rank's experts have computed, and the time that they took.
     """
 
     def __init__(
@@ -116,9 +117,11 @@ class Mixtral:
         transport: Transport,
         router: Router | None = None,
         routed: Callable[[int, Tensor], object] | None = None,
+        slow_s: float = 0.0,
     ) -> None:
         self.config = MixtralConfig.read(folder)
-        self.transport, self._routed = transport, routed
+        self.transport, self._routed, self._slow_s = transport, routed, slow_s
+        self.computed, self.compute_s = 0, 0.0
         self.router = TopK() if router is None else router
         places = torch.arange(self.config.experts) % transport.size
         self._routing = [self.router.start(self.config.experts, places) for _ in range(self.config.layers)]
@@ -216,7 +219,11 @@ class Mixtral:
         for expert in self.home_experts:
             chosen = (numbers[:, 0] == expert).nonzero()[:, 0]
             outputs[chosen] = self._run_expert(layer, expert, inputs[chosen])
-        self._observe(layer, tokens=len(inputs), seconds=time.perf_counter() - started)
+        if self._slow_s:
+            time.sleep(self._slow_s * len(inputs))
+        seconds = time.perf_counter() - started
+        self.computed, self.compute_s = self.computed + len(inputs), self.compute_s + seconds
+        self._observe(layer, tokens=len(inputs), seconds=seconds)
         back = self.transport.all_to_all(outputs.split([len(part) for part in arrived]))
         return torch.empty_like(states).index_copy_(0, order, torch.cat(back))
 

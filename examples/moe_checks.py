@@ -151,3 +151,14 @@ class Wire:
             f"Sent a decoded token, in bytes, all ranks together: attention {attention:,}, experts {experts:,}; "
             f"pages moved to the queries would be {pages:,}."
         )
+
+
+def expert_costs(model: Mixtral) -> str:
+    """What the experts of each rank have computed; all ranks call it."""
+    mine = torch.tensor([model.computed, model.compute_s], dtype=torch.float64)
+    costs = model.transport.all_gather(mine).tolist()
+    ranks = (
+        f"rank {rank} {tokens:,.0f} in {seconds:.3f} s ({1e3 * seconds / max(1, tokens):.3f} ms each)"
+        for rank, (tokens, seconds) in enumerate(costs)
+    )
+    return f"Tokens of experts: {', '.join(ranks)}."

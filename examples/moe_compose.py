@@ -49,6 +49,15 @@ def far_tier(text: str) -> tuple[float, float]:
     return latency_ms * 1e-3, gigabytes * 1e9
 
 
+def slow_rank(text: str) -> tuple[int, float]:
+    """A rank and seconds from "RANK:MS"."""
+    try:
+        rank, milliseconds = text.split(":")
+        return int(rank), float(milliseconds) * 1e-3
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"must be RANK:MS, two numbers such as 1:5, got {text!r}") from error
+
+
 def compose(arguments: argparse.Namespace, config: MixtralConfig, transport: Transport, tokens: int) -> Composed:
     """The cache that the arguments name. tokens: how many it will hold, which says what is near and what is far."""
     overlap = Overlap(transport) if arguments.overlap else None

@@ -29,8 +29,8 @@ from typing import NoReturn, TypeVar
 import attrs
 import torch
 from mixtral import Cache, DenseCache, Mixtral, MixtralConfig
-from moe_checks import TOLERANCE, Agreement, Homes, Stored, excesses, table
-from moe_compose import CHOSEN, Composed, compose, far_tier
+from moe_checks import TOLERANCE, Agreement, Homes, Stored, excesses, expert_costs, table
+from moe_compose import CHOSEN, Composed, compose, far_tier, slow_rank
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 from torch import Tensor
@@ -92,6 +92,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
                        "in a model of slower memory: so many ms and GB/s for a batch, for instance 2:1")  # fmt: skip
     ranks.add_argument("--overlap", action=argparse.BooleanOptionalAction, default=True,
                        help="fetch the next layer's pages while ranks exchange answers (default: yes)")  # fmt: skip
+    ranks.add_argument("--slow-rank", type=slow_rank, metavar="RANK:MS", default=(0, 0.0), help="a model of a slow "
+                       "rank: its experts take so many ms longer for a token, for a router to avoid")  # fmt: skip
     return parser.parse_args(argv)
 
 
@@ -163,6 +165,7 @@ class Session:
         cache, wire = parts.cache, parts.wire
         homes = Homes(cache, transport.size) if cache.waits_for_route else None
         router, routed = cache.runtime.router, None if homes is None else homes.route
+        slow, slow_s = arguments.slow_rank
         dense = None
         if arguments.verify and transport.rank == 0:
             dense = Decoder(Mixtral(arguments.model, Solo()), DenseCache(config))
@@ -171,7 +174,7 @@ class Session:
             tokenizer=tokenizer,
             prompt=prompt,
             prompt_ids=prompt_ids,
-            model=Mixtral(arguments.model, wire.experts, router, routed),
+            model=Mixtral(arguments.model, wire.experts, router, routed, slow_s if slow == transport.rank else 0.0),
             cache=cache,
             parts=parts,
             homes=homes,
@@ -242,8 +245,9 @@ def run(session: Session, transport: Transport) -> int:
     sent = session.parts.wire.report(stored, tokens)
     speed = tokens / decoder.seconds if tokens else 0.0
     print(f"\n\n{tokens} tokens decoded, {speed:.1f} a second; ranks: {transport.size}\n")
-    print(table(session.model, stored, decoder.position), sent, session.parts.hidden(), sep="\n\n")
-    print(session.cache.describe())
+    costs = expert_costs(session.model)
+    print(table(session.model, stored, decoder.position), sent, costs, session.parts.hidden(), sep="\n\n")
+    print(f"\n{session.cache.describe()}")
     if session.dense:
         print(f"\nverify: {agreement}")
         if not agreement.holds():

@@ -34,11 +34,14 @@ class LatencyAware(Router):
     was observed; a place that was never observed counts as the mean of those that were, or 0 if none was. A place that
     gets no tokens keeps the latency it had.
     strength: the paper's lambda, in nats per millisecond per token; with 0 this is TopK, to the bit. smoothing: the
-    weight of the newest observation in the average, above 0 and at most 1.
+    weight of the newest observation in the average, above 0 and at most 1. most_change: the factor, above 1, by which
+    one observation may change an average at most, so that one that was an accident does not send everything elsewhere;
+    None for any.
     """
 
     strength: float = 1.0
     smoothing: float = 0.1
+    most_change: float | None = None
 
     def __attrs_post_init__(self) -> None:
         if not (math.isfinite(self.strength) and self.strength >= 0):
@@ -47,6 +50,9 @@ class LatencyAware(Router):
             raise ConfigError(
                 f"smoothing must be above 0 and at most 1, got {self.smoothing!r}; 1 forgets all but the newest"
             )
+
+        if self.most_change is not None and not self.most_change > 1:
+            raise ConfigError(f"most_change must be a factor above 1, or None for any, got {self.most_change!r}")
 
     def start(self, experts: int, places: Tensor) -> LatencyState:
         """No place is measured."""
@@ -69,7 +75,11 @@ class LatencyAware(Router):
             raise InputError(f"seen must have all {len(before)} places that hold experts, got {len(seen.tokens)}")
         tokens, seconds = (numbers[: len(before)].to(before) for numbers in (seen.tokens, seen.seconds))
         now = seconds / tokens
-        after = torch.where(before.isnan(), now, torch.lerp(before, now, self.smoothing))
+        averaged = torch.lerp(before, now, self.smoothing)
+        if self.most_change is not None:
+            bounded = averaged.clamp(before / self.most_change, before * self.most_change)
+            averaged = torch.where(before > 0, bounded, averaged)
+        after = torch.where(before.isnan(), now, averaged)
         return attrs.evolve(_known(state), seconds_per_token=torch.where(tokens > 0, after, before))
 
 

@@ -75,6 +75,30 @@ def test_a_rank_that_is_alone_routes_its_tokens(model_folder, prompt_file):
     assert "attention 0, experts 0;" in check_decoding(model_folder, prompt_file, 1, "--shard-by", "experts")
 
 
+@pytest.mark.parametrize("ranks", [pytest.param(2, marks=needs_mpi)])
+def test_a_router_avoids_a_slow_rank(model_folder, prompt_file, ranks):
+    """By the time that it measures: the slow rank's experts get fewer tokens than without it."""
+    common = [
+        "--model",
+        model_folder,
+        "--prompt-file",
+        prompt_file,
+        "--tokens",
+        20,
+        "--chunk",
+        100,
+        "--slow-rank",
+        "1:2",
+    ]
+    shares = []
+    for router in ("top_k", "latency_aware"):
+        done = moe_decode(ranks, *common, "--router", router)
+        assert done.returncode == 0, done.stderr
+        tokens = [int(count.replace(",", "")) for count in re.findall(r"rank \d ([\d,]+) in", done.stdout)]
+        shares.append(tokens[1] / sum(tokens))
+    assert shares[1] < shares[0] / 2
+
+
 def test_torchrun_starts_it_too(model_folder, prompt_file):
     """Without MPI."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(PROGRAM)]
@@ -128,6 +152,7 @@ MISTAKES = {
     "a count that is none": (["--tokens", "0"], "--tokens"),
     "an unknown flag": (["--page-sise", "16"], "--page-sise"),
     "a far tier without a speed": (["--far-tier", "2"], "MS:GB"),
+    "a slow rank without a time": (["--slow-rank", "1"], "RANK:MS"),
     "an unknown name": (["--compressor", "nonesuch"], "nonesuch"),
 }
 

@@ -80,6 +80,16 @@ class TestLatencyAware(RouterConformance):
             state = router.observe(state, seen)
         torch.testing.assert_close(state.seconds_per_token, torch.tensor([0.02, 0.02], dtype=torch.float64))
 
+    def test_one_observation_changes_an_average_by_a_bounded_factor(self):
+        """Up and down; the first one counts whole, and from 0 there is no factor."""
+        router = LatencyAware(smoothing=0.5, most_change=1.5)
+        state, before = router.start(2, torch.tensor([0, 1])), torch.tensor([0.01, 0.0], dtype=torch.float64)
+        for seen, factors in (([0.01, 0.0], [1.0, 0.0]), ([9.0, 0.0], [1.5, 0.0]), ([0.0, 0.2], [1 / 1.5, 0.0])):
+            state = router.observe(state, observed([1, 1], seen))
+            torch.testing.assert_close(state.seconds_per_token[:1], before[:1] * factors[0])
+            before = state.seconds_per_token
+        torch.testing.assert_close(before[1], torch.tensor(0.1, dtype=torch.float64))
+
     def test_an_unmeasured_place_counts_as_the_mean(self):
         """Between a slower and a faster one; and when none is measured, all are alike."""
         router = LatencyAware(strength=1.0)
@@ -104,7 +114,8 @@ class TestLatencyAware(RouterConformance):
             LatencyAware().observe(LatencyAware().start(2, torch.tensor([0, 2])), observed([1, 1], [0.1, 0.1]))
 
     @pytest.mark.parametrize(
-        "settings", [{"strength": -1}, {"strength": float("nan")}, {"smoothing": 0}, {"smoothing": 2}]
+        "settings",
+        [{"strength": -1}, {"strength": float("nan")}, {"smoothing": 0}, {"smoothing": 2}, {"most_change": 1}],
     )
     def test_settings_that_cannot_work_are_refused(self, settings):
         """The message names the setting."""

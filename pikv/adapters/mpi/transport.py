@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import sys
+import time
 import traceback
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import final
 
@@ -16,6 +19,7 @@ from torch import Tensor
 
 from pikv.core.errors import InputError, TransportError
 from pikv.core.ports.transport import Transport, check_parts, check_root
+from pikv.core.watchdog import Watchdog
 
 
 @final
@@ -24,9 +28,12 @@ class MpiTransport(Transport):
 
     Tensors are on the CPU, of any dtype: they travel as bytes. The constructor and `close` are collective too.
     A rank that dies ends the whole job, which is mpirun's doing; see `abort_when_uncaught` for one that raises.
+    deadline_s: a collective that takes longer ends this process, after a message with the operation, the rank and the
+    time, since MPI has no way to leave it; by default it waits for ever. The other ranks get a second to say the same.
     """
 
-    def __init__(self, communicator: MPI.Intracomm = MPI.COMM_WORLD) -> None:
+    def __init__(self, communicator: MPI.Intracomm = MPI.COMM_WORLD, *, deadline_s: float | None = None) -> None:
+        self._watchdog = None if deadline_s is None else Watchdog(deadline_s=deadline_s, expired=_end)
         self._communicator = communicator.Dup()
         self._rank = communicator.Get_rank()
         self._size = communicator.Get_size()
@@ -86,19 +93,37 @@ class MpiTransport(Transport):
         """Free the duplicate; the communicator it was made of stays."""
         if self._communicator != MPI.COMM_NULL:
             self._communicator.Free()
+        if self._watchdog is not None:
+            self._watchdog.close()
 
     @contextlib.contextmanager
     def _operation(self, name: str) -> Iterator[None]:
         """Turn MPI's errors into TransportError."""
         if self._communicator == MPI.COMM_NULL:
             raise TransportError(f"{name} on rank {self._rank}: the transport is closed; open a new MpiTransport")
+        started = time.monotonic()
         try:
-            yield
+            with self._watched(name):
+                yield
         except MPI.Exception as error:
             raise TransportError(
-                f"{name} failed on rank {self._rank} of {self._size}: {error.Get_error_string()}; "
-                "check that all ranks call it with the same shape and dtype"
+                f"{name} failed on rank {self._rank} of {self._size} after {time.monotonic() - started:.1f} s: "
+                f"{error.Get_error_string()}; check that all ranks call it with the same shape and dtype"
             ) from error
+
+    def _watched(self, name: str) -> AbstractContextManager[None]:
+        if self._watchdog is None:
+            return contextlib.nullcontext()
+        return self._watchdog.watching(f"{name} on rank {self._rank} of {self._size}")
+
+
+def _end(message: str) -> None:
+    """End the process from the watchdog's thread: what hangs in MPI cannot be told."""
+    advice = "look for the rank that ended or hangs, and restart from the last commit"
+    sys.stderr.write(f"TransportError: {message}; {advice}\n")
+    sys.stderr.flush()
+    time.sleep(1)
+    os._exit(os.EX_TEMPFAIL)
 
 
 def abort_when_uncaught() -> None:

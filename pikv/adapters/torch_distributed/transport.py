@@ -22,8 +22,9 @@ class TorchTransport(Transport):
 
     The processes must have been joined (`torch.distributed.init_process_group`), or use `from_environment`. device:
     where tensors are, which the backend must serve; tried with gloo on the CPU, and not with NCCL. deadline_s: an
-    operation that takes longer raises TransportError, at whatever rank waits; the group is then of no more use.
-    Constructor and `close` are collective.
+    operation that takes longer raises TransportError, at whatever rank waits; the group is then of no more use. Gloo
+    ends the process itself, with a message of its own, where another rank sends another length. Constructor and `close`
+    are collective.
     """
 
     def __init__(self, *, device: torch.device | str = "cpu", deadline_s: float = 600.0) -> None:
@@ -73,7 +74,7 @@ class TorchTransport(Transport):
         received = self._here(tensor).new_empty((self._size, *tensor.shape))
         with self._operation("all_gather") as group:
             if received.numel():
-                dist.all_gather_into_tensor(_bytes(received), _bytes(tensor), group=group)
+                dist.all_gather(list(_bytes(received).view(self._size, -1)), _bytes(tensor), group=group)
         return received
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
