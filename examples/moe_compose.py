@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 import attrs
 from mixtral import MixtralConfig
@@ -13,6 +14,7 @@ from pikv.core.host_tier import HostTier
 from pikv.core.modelled_tier import ModelledTier
 from pikv.core.overlap import Overlap
 from pikv.core.ports import Transport
+from pikv.core.timeline import Timeline
 from pikv.policies import AsThisLayer, ExpertGroups, FurthestLayer
 
 CHOSEN = ("allocator", "token_selector", "page_selector", "compressor", "router", "shard_by")  # by name
@@ -38,6 +40,12 @@ class Composed:
                 f"far tier, a model: {use.busy_s:.3f} s of reads, {use.waited_s:.3f} s exposed, {share:.0%} hidden"
             )
         return "\n".join(["Overlap: none", *lines] if self.overlap is None else ["Overlap:", *lines])
+
+    def write_timeline(self, file: Path, transport: Transport) -> None:
+        """Write a Chrome trace of all ranks, on rank 0; all ranks call it."""
+        trace = (Timeline() if self.overlap is None else self.overlap.timeline).trace(transport)
+        if transport.rank == 0:
+            file.write_text(trace, "utf-8")
 
 
 def far_tier(text: str) -> tuple[float, float]:

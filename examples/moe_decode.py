@@ -92,6 +92,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
                        "in a model of slower memory: so many ms and GB/s for a batch, for instance 2:1")  # fmt: skip
     ranks.add_argument("--overlap", action=argparse.BooleanOptionalAction, default=True,
                        help="fetch the next layer's pages while ranks exchange answers (default: yes)")  # fmt: skip
+    ranks.add_argument("--timeline", type=Path, metavar="FILE", help="write when each collective and the work beside "
+                       "it ran, as a Chrome trace, which Perfetto opens")  # fmt: skip
     ranks.add_argument("--slow-rank", type=slow_rank, metavar="RANK:MS", default=(0, 0.0), help="a model of a slow "
                        "rank: its experts take so many ms longer for a token, for a router to avoid")  # fmt: skip
     return parser.parse_args(argv)
@@ -243,6 +245,8 @@ def run(session: Session, transport: Transport) -> int:
     problems = excesses(session.model, session.cache, stored, decoder.position, session.homes)
 
     sent = session.parts.wire.report(stored, tokens)
+    if session.arguments.timeline is not None:
+        session.parts.write_timeline(session.arguments.timeline, transport)
     speed = tokens / decoder.seconds if tokens else 0.0
     print(f"\n\n{tokens} tokens decoded, {speed:.1f} a second; ranks: {transport.size}\n")
     costs = expert_costs(session.model)

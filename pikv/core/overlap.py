@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pikv.core.errors import ConfigError
 from pikv.core.ports.transport import Transport
+from pikv.core.timeline import Timeline
 from pikv.core.worker import Worker
 
 Result = TypeVar("Result")
@@ -67,15 +68,23 @@ class Overlap(Transport):
 
     Source: PRESERVE, arXiv 2501.08192: what can be saved is the lesser of the two times. Work runs on the thread that
     calls the collective. shortest_s: a collective that typically takes less gains nothing by a thread, so work offered
-    for such ones runs at once instead: overlap turns itself off, and on again, by what it measures. Closes the
-    transport that it was given.
+    for such ones runs at once instead: overlap turns itself off, and on again, by what it measures. timeline: notes
+    when each collective and each piece of work ran. Closes the transport that it was given.
     """
 
-    def __init__(self, transport: Transport, *, schedule: Schedule | None = None, shortest_s: float = 4e-4) -> None:
+    def __init__(
+        self,
+        transport: Transport,
+        *,
+        schedule: Schedule | None = None,
+        shortest_s: float = 4e-4,
+        timeline: Timeline | None = None,
+    ) -> None:
         if shortest_s < 0:
             raise ConfigError(f"shortest_s must not be negative, got {shortest_s}; 0 overlaps every collective")
         self.transport, self.shortest_s = transport, shortest_s
         self.schedule = Schedule() if schedule is None else schedule
+        self.timeline = Timeline() if timeline is None else timeline
         self.use = {name: CollectiveUse() for name in _COLLECTIVES}
         self.work_s: dict[str, float] = {}
         self._offered: dict[str, Callable[[], None]] = {}
@@ -151,13 +160,18 @@ class Overlap(Transport):
 
     def _during(self, name: str, collective: Callable[[], Result]) -> Result:
         due = [kind for kind in self._offered if self.schedule.permits(name, kind) and self._pays(name)]
+
+        def noted() -> Result:
+            with self.timeline.span(name, "collectives"):
+                return collective()
+
         started = time.perf_counter()
         if not due:
-            result = collective()
+            result = noted()
             took_s = time.perf_counter() - started
             self.use[name].note(took_s, exposed_s=took_s, threaded=False)
             return result
-        job = self._worker.submit(collective)
+        job = self._worker.submit(noted)
         try:
             for kind in due:
                 self._work(kind, self._offered.pop(kind))
@@ -170,6 +184,7 @@ class Overlap(Transport):
     def _work(self, kind: str, work: Callable[[], None]) -> None:
         started = time.perf_counter()
         try:
-            work()
+            with self.timeline.span(kind, "work"):
+                work()
         finally:
             self.work_s[kind] = self.work_s.get(kind, 0.0) + time.perf_counter() - started

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 
 import attrs
@@ -14,6 +15,7 @@ from pikv.core.host_tier import HostTier
 from pikv.core.modelled_tier import ModelledTier
 from pikv.core.overlap import PREFETCH, STREAM, Overlap, Schedule
 from pikv.core.ports.transport import Solo, Transport
+from pikv.core.timeline import Timeline
 from pikv.policies import AsThisLayer, FurthestLayer, TokenRange
 from pikv.testing.transport import FakeTransport, run_ranks
 from pikv.testing.transport_checks import TRANSPORT_CHECKS
@@ -131,6 +133,29 @@ def test_an_error_of_the_work_leaves_the_ranks_in_step() -> None:
         with pytest.raises(LookupError, match="lost"):
             overlap.all_gather(torch.zeros(1))
         assert overlap.use["all_gather"].calls == 2
+
+
+def test_a_timeline_shows_what_ran_when() -> None:
+    """A Chrome trace of all ranks: a process a rank, a lane for collectives and one for work, which overlap in time."""
+
+    def rank(transport: Transport) -> str:
+        with Overlap(transport, shortest_s=0.0, timeline=Timeline(most=2)) as overlap:
+            for _ in range(3):
+                overlap.all_gather(torch.zeros(1))
+            overlap.offer(PREFETCH, lambda: time.sleep(SPAN_S))
+            overlap.all_gather(torch.zeros(1))
+            return overlap.timeline.trace(transport)
+
+    whole, nothing = (json.loads(text)["traceEvents"] for text in run_ranks(2, rank))
+    assert nothing == []
+    assert [event["args"]["name"] for event in whole if event["name"] == "process_name"] == ["rank 0", "rank 1"]
+    for number in range(2):
+        spans = [event for event in whole if event["pid"] == number and event["ph"] == "X"]
+        gather, work = sorted(spans, key=lambda event: event["name"])
+        assert (gather["name"], work["name"]) == ("all_gather", "prefetch")
+        assert gather["tid"] != work["tid"]
+        assert work["dur"] >= 1e6 * SPAN_S
+        assert gather["ts"] < work["ts"] + work["dur"]
 
 
 def test_settings_are_checked() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 import shutil
 import subprocess
@@ -97,6 +98,14 @@ def test_a_router_avoids_a_slow_rank(model_folder, prompt_file, ranks):
         tokens = [int(count.replace(",", "")) for count in re.findall(r"rank \d ([\d,]+) in", done.stdout)]
         shares.append(tokens[1] / sum(tokens))
     assert shares[1] < shares[0] / 2
+
+
+def test_a_timeline_is_written(model_folder, prompt_file, tmp_path):
+    """A trace that says what ran when."""
+    file = tmp_path / "trace.json"
+    check_decoding(model_folder, prompt_file, 1, "--timeline", file, "--far-tier", "1:1")
+    names = {event["name"] for event in json.loads(file.read_text())["traceEvents"]}
+    assert {"all_gather", "all_to_all", "prefetch"} <= names
 
 
 def test_torchrun_starts_it_too(model_folder, prompt_file):

@@ -23,9 +23,9 @@ class MpiPeerTier(MemoryTier):
     """Pages in memory that another rank lends: written and read one-sided, by MPI_Put and MPI_Get.
 
     Every rank of the communicator makes one at the same time, with the same capacity_bytes, lends that much of its
-    memory and uses what `peer` lends, by default the next rank; no two ranks may use the same peer. The window is locked
-    once, so that a busy peer is not waited for. Constructor and `close` are collective. What a peer holds is gone when
-    it ends.
+    memory and uses what `peer` lends, by default the next rank; no two ranks may use the same peer. The window is
+    locked once, so that a busy peer is not waited for. Constructor and `close` are collective. What a peer holds is
+    gone when it ends.
     """
 
     def __init__(
