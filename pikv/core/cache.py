@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -29,6 +30,8 @@ from pikv.core.runtime import RuntimeConfig
 from pikv.core.serving import describe, serve
 from pikv.core.settler import Settler
 from pikv.core.views import ContextKV, TokenView
+
+_NOTHING: Mapping[str, Tensor] = MappingProxyType({})
 
 
 class PiKVCache:
@@ -330,13 +333,15 @@ class PiKVCache:
     # --- away and back
 
     @keeps_numbers
-    def commit(self) -> Version:
+    def commit(self, beside: Mapping[str, Tensor] = _NOTHING) -> Version:
         """Make a version of all that the cache holds, durable when this returns: only new pages are written.
 
-        Between steps. Raises ConfigError without a streamer; StoreError, the cache and older versions as before.
+        Between steps. beside: tensors of the caller's own to keep with it, which the states of the streamer's manifest
+        then have, under "beside." and their names. Raises ConfigError without a streamer; StoreError, the cache and
+        older versions as before.
         """
         self._arrivals.check_home(self._layers.values())
-        return checkpoint.commit(self.model, self.runtime, self.pool, self._layers, self._prefilling)
+        return checkpoint.commit(self.model, self.runtime, self.pool, self._layers, self._prefilling, beside)
 
     @keeps_numbers
     def stream(self) -> None:

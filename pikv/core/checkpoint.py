@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+import attrs
 import torch
 from torch import Tensor
 
@@ -21,18 +22,26 @@ from pikv.core.runtime import RuntimeConfig
 from pikv.core.states import taken_apart
 from pikv.core.tables import ABSENT
 
+BESIDE = "beside."  # begins the names of tensors that a cache's owner keeps with a version
 AT_ONCE = 32 << 20  # bytes of records that are gathered for the store at a time
 
 
 def commit(
-    model: ModelConfig, runtime: RuntimeConfig, pool: PagePool, layers: Mapping[int, LayerCache], prefilling: bool
+    model: ModelConfig,
+    runtime: RuntimeConfig,
+    pool: PagePool,
+    layers: Mapping[int, LayerCache],
+    prefilling: bool,
+    beside: Mapping[str, Tensor],
 ) -> Version:
     """See PiKVCache.commit."""
     streamer, tickets = streamer_of(runtime), list[Ticket]()
     try:
         # Not copied: the pages are held by the layers, and nothing is being written when this returns.
         tickets.extend(_appended(streamer, pool, layers.values(), lambda pages: pages))
-        return streamer.commit(_manifest(model, runtime, pool, layers, prefilling))
+        manifest = _manifest(model, runtime, pool, layers, prefilling)
+        more = {BESIDE + name: tensor for name, tensor in beside.items()}
+        return streamer.commit(attrs.evolve(manifest, states={**manifest.states, **more}))
     finally:
         for ticket in tickets:
             with contextlib.suppress(OSError):  # the commit has said it
@@ -54,6 +63,12 @@ def _manifest(
         pages.setdefault(length, []).append(pool.names(layer.table.held().unique()))
     joined = {length: torch.cat(names) for length, names in pages.items()}
     return Manifest(facts=facts, states=states, pages=joined)
+
+
+def beside(manifest: Manifest) -> dict[str, Tensor]:
+    """What the cache's owner has kept with a version, by name."""
+    states = manifest.states.items()
+    return {name.removeprefix(BESIDE): tensor for name, tensor in states if name.startswith(BESIDE)}
 
 
 def stream(runtime: RuntimeConfig, pool: PagePool, layers: Mapping[int, LayerCache]) -> None:

@@ -50,7 +50,7 @@ def restore(
 ) -> tuple[dict[int, LayerCache], bool]:
     """The layers of a version, which hold their pages, and whether their prompt goes on; see PiKVCache.restore."""
     streamer = streamer_of(runtime)
-    chosen = next(reversed(streamer.versions()), None) if version is None else version
+    chosen = streamer.newest() if version is None else version
     try:
         manifest = streamer.manifest(chosen)
         source = _checked(model, runtime, streamer, chosen or Version(0), manifest, may_differ)

@@ -16,6 +16,7 @@ from pikv.adapters.compressors import Int4, LowRank, Rotated
 from pikv.adapters.zarr_store import ZarrStreamer
 from pikv.core import states
 from pikv.core.basis import Basis
+from pikv.core.checkpoint import beside
 from pikv.core.components import described
 from pikv.core.exact import Exact
 from pikv.core.layer import LayerCache
@@ -418,3 +419,16 @@ def test_composed_by_name(tmp_path):
     assert runtime.streamer.versions() == [pikv.Version(2)]
     with pytest.raises(pikv.ConfigError, match="it takes folder, keep_versions"):
         pikv.runtime_from({"streamer": "zarr"}, model)
+
+
+def test_what_is_kept_beside():
+    """Is in the version under its name, and changes nothing of the cache."""
+    store = MemoryStore()
+    cache = filled(store)
+    version = cache.commit(beside={"ids": torch.arange(3)})
+    manifest = cache.runtime.streamer.manifest(version)
+    assert torch.equal(manifest.states["beside.ids"], torch.arange(3))
+    assert list(beside(manifest)) == ["ids"]
+    check_goes_on_alike(
+        cache, pikv.PiKVCache.restore(MODEL, reopened(cache.runtime, store)), torch.Generator().manual_seed(7), 200
+    )

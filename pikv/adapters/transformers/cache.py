@@ -14,9 +14,10 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from pikv.adapters.transformers.latent import LatentKV
 from pikv.adapters.transformers.padding import Seen
 from pikv.adapters.transformers.step import Step
+from pikv.adapters.transformers.text import Text
 from pikv.core.cache import PiKVCache
 from pikv.core.errors import InputError, StateError
-from pikv.core.ports import Routing
+from pikv.core.ports import Routing, Version
 
 
 class HostCache(Cache):
@@ -25,17 +26,21 @@ class HostCache(Cache):
     pikv: the PiKVCache behind it, for `stored_bytes()`, `describe()` and the rest. Positions are places in the padded
     sequence, as transformers counts them in masks and windows. routed: with a router, its choice for the tokens of the
     last call in each layer that has experts, from the model's own gates. weights: names the model's weights, where the
-    first tokens may adopt what the pool knows of them.
+    first tokens may adopt what the pool knows of them. seen: what it goes on from.
     """
 
     def __init__(
-        self, pikv: PiKVCache, latent: LatentKV | None = None, weights: Callable[[], str] | None = None
+        self,
+        pikv: PiKVCache,
+        latent: LatentKV | None = None,
+        weights: Callable[[], str] | None = None,
+        seen: Seen | None = None,
     ) -> None:
         self.pikv = pikv
         self.routed: dict[int, Routing] = {}
         self._latent, self._weights = latent, weights
         self._covered: Tensor | None = None  # what the first call adopted, while it runs
-        self._seen = Seen.nothing()
+        self._seen = Seen.nothing() if seen is None else seen
         self._step: Step | None = None
         self._broken = False
         super().__init__(layers=[HostLayer(self, layer_id) for layer_id in range(len(pikv.model.layers))])
@@ -55,13 +60,14 @@ class HostCache(Cache):
         if mask is not None and not (isinstance(mask, Tensor) and mask.shape == ids.shape and bool(mask.all())):
             return given
         self._covered = self.pikv.begin(ids, weights=self._weights())
-        skipped = int(self._covered.min())
-        self._seen = Seen(skipped, None)
+        skipped, text = int(self._covered.min()), Text.of(given, 0)
+        self._seen = Seen(skipped, None, text and text.part(0, skipped))
         along = {name: given[name] for name in _ALONG_TOKENS if given.get(name) is not None}
         return given | {name: tokens[..., skipped:] for name, tokens in along.items()}
 
-    def begin(self, batch: int, tokens: int, mask: Tensor | None) -> Step:
-        """Start a forward call over new tokens. mask: [batch, tokens seen and new], 0 where there is padding."""
+    def begin(self, batch: int, tokens: int, given: dict[str, Any]) -> Step:
+        """Start a forward call over new tokens. given: to the model; attention_mask [batch, tokens seen and new]."""
+        mask = given.get("attention_mask")
         if self._broken:
             raise StateError(
                 "a call before this one failed after some layers had evicted tokens for it, so the layers of this "
@@ -76,13 +82,13 @@ class HostCache(Cache):
         positions = self._seen.positions(batch, tokens, mask)
         if self._covered is not None:  # computed beside the others of the batch, and stored already
             positions = positions.masked_fill((positions >= 0) & (positions < self._covered[:, None]), -1)
-        self._step = Step(self.pikv, positions, mask, self._latent)
+        self._step = Step(self.pikv, positions, mask, self._latent, Text.of(given, self._seen.length))
         return self._step
 
     def finish(self, step: Step) -> None:
         """End a forward call that went through all layers."""
         self._step = self._covered = None
-        self._seen, self.routed = self._seen.followed_by(step.positions, step.mask), step.routed
+        self._seen, self.routed = self._seen.followed_by(step.positions, step.mask, step.text), step.routed
 
     def take_back(self, step: Step) -> None:
         """End a forward call that failed: forget its tokens.
@@ -136,9 +142,20 @@ class HostCache(Cache):
 
     def fork(self) -> HostCache:
         """A second cache that goes on from here: sealed pages are shared. `copy.deepcopy` does the same."""
-        other = HostCache(self.pikv.fork(), self._latent, self._weights)
-        other._seen, other._broken = self._seen, self._broken
+        other = HostCache(self.pikv.fork(), self._latent, self._weights, self._seen)
+        other._broken = self._broken
         return other
+
+    # --- away and back
+
+    def commit(self) -> Version:
+        """Make a version that Host.restore goes on from, with what has been read; see PiKVCache.commit."""
+        return self.pikv.commit(beside=self._seen.states())
+
+    @property
+    def token_ids(self) -> Tensor | None:
+        """The tokens seen, padding included: int64 [batch, length] on the CPU. None where some came as embeddings."""
+        return self._seen.text and self._seen.text.ids.long()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> HostCache:
         return self.fork()

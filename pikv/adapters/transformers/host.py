@@ -17,13 +17,15 @@ from pikv.adapters.transformers.cache import HostCache
 from pikv.adapters.transformers.experts import observe
 from pikv.adapters.transformers.families import model_config
 from pikv.adapters.transformers.latent import latent_kv
+from pikv.adapters.transformers.padding import Seen
 from pikv.adapters.transformers.weights import weights_of
 from pikv.compose import installed_backends, runtime_from
 from pikv.core.cache import PiKVCache
+from pikv.core.checkpoint import beside, streamer_of
 from pikv.core.config import ModelConfig
 from pikv.core.errors import ConfigError, InputError, StateError
 from pikv.core.pool import PagePool
-from pikv.core.ports import Backend
+from pikv.core.ports import Backend, Version
 from pikv.core.runtime import RuntimeConfig
 
 
@@ -85,6 +87,19 @@ class Host:
         weights = None if prefix_from is None else functools.partial(weights_of, self._hf_model)
         return HostCache(PiKVCache(self.model, self.runtime, pool=pool or prefix_from), self._latent, weights)
 
+    def restore(
+        self, version: Version | None = None, *, pool: PagePool | None = None, may_differ: Iterable[str] = ()
+    ) -> HostCache:
+        """The cache of a version that HostCache.commit has made, the newest by default; see PiKVCache.restore.
+
+        `cache.token_ids` is what it has read; `cache.crop(-1)` makes `generate` read the last of it again and go on.
+        Raises as PiKVCache.restore does, and VersionError for a version of another origin.
+        """
+        streamer = streamer_of(self.runtime)
+        version = streamer.newest() if version is None else version
+        cache = PiKVCache.restore(self.model, self.runtime, version, pool=pool, may_differ=may_differ)
+        return HostCache(cache, self._latent, seen=Seen.of(beside(streamer.manifest(version))))
+
     def rehearse(self, cache: HostCache, input_ids: Tensor, *, chunk_tokens: int = 512) -> None:
         """Go over a prompt a second time, for a token selector that judges by it (KVzip); right after the prompt.
 
@@ -136,7 +151,7 @@ def _begin(
         raise InputError("the model needs input_ids or inputs_embeds, got neither")
     given = cache.adopt(given)
     new = given["input_ids"] if given.get("inputs_embeds") is None else new
-    given[attention.STEP] = cache.begin(new.shape[0], new.shape[1], given.get("attention_mask"))
+    given[attention.STEP] = cache.begin(new.shape[0], new.shape[1], given)
     given["attention_mask"] = attention.no_mask()
     return (), given
 

@@ -1,20 +1,27 @@
-"""Which of the tokens that a cache has seen were padding."""
+"""What a cache has seen: how many tokens, which of them were padding, and what they were."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import attrs
 import torch
 from torch import Tensor
 
-from pikv.core.errors import InputError
+from pikv.adapters.transformers.text import Text
+from pikv.core.errors import InputError, VersionError
 
 
 @attrs.frozen
 class Seen:
-    """The tokens so far. mask: bool [batch, length], False where there was padding; None if there is none."""
+    """The tokens so far. mask: bool [batch, length], False where there was padding; None if there is none.
+
+    text: what they were; None where some came as embeddings, and before the first.
+    """
 
     length: int
     mask: Tensor | None
+    text: Text | None = None
 
     @classmethod
     def nothing(cls) -> Seen:
@@ -34,23 +41,48 @@ class Seen:
         stored = mask[:, self.length : self.length + tokens].cpu() != 0
         return torch.where(stored, places, -2 - places)  # transformers answers padding too, from what is before it
 
-    def followed_by(self, positions: Tensor, mask: Tensor | None) -> Seen:
+    def followed_by(self, positions: Tensor, mask: Tensor | None, text: Text | None) -> Seen:
         """With new tokens at positions [batch, tokens]."""
         length = self.length + positions.shape[1]
         padded = self.mask is not None or bool((positions < 0).any())
-        return Seen._of(length, mask[:, :length] != 0 if mask is not None and padded else None)
+        whole = text if not self.length or text is None else self.text and self.text.followed_by(text)
+        return Seen._of(length, mask[:, :length] != 0 if mask is not None and padded else None, whole)
 
     def cropped(self, length: int) -> Seen:
         """The first tokens alone."""
-        return Seen._of(length, None if self.mask is None else self.mask[:, :length])
+        mask = None if self.mask is None else self.mask[:, :length]
+        return Seen._of(length, mask, self.text and self.text.part(0, length))
 
     def select(self, index: Tensor) -> Seen:
         """The sequences at index int64 [n]."""
-        return Seen._of(self.length, None if self.mask is None else self.mask[index.to(self.mask.device)])
+        mask = None if self.mask is None else self.mask[index.to(self.mask.device)]
+        return Seen._of(self.length, mask, self.text and self.text.select(index))
 
     @classmethod
-    def _of(cls, length: int, mask: Tensor | None) -> Seen:
-        return cls(length, None if mask is None or bool(mask.all()) else mask)
+    def _of(cls, length: int, mask: Tensor | None, text: Text | None) -> Seen:
+        return cls(length, None if mask is None or bool(mask.all()) else mask, text)
+
+    # --- in a commit
+
+    def states(self) -> dict[str, Tensor]:
+        """All of it as tensors under names."""
+        states = {"length": torch.tensor(self.length)}
+        if self.mask is not None:
+            states["mask"] = self.mask.cpu()
+        if self.text is not None:
+            states |= {"ids": self.text.ids, "places": self.text.places}
+        return states
+
+    @classmethod
+    def of(cls, states: Mapping[str, Tensor]) -> Seen:
+        """What `states` has made tensors of. Raises VersionError where it has not."""
+        if "length" not in states:
+            raise VersionError(
+                "this version was committed by PiKVCache.commit, which knows no padding; restore it by "
+                "PiKVCache.restore, and commit a host's caches by their own commit()"
+            )
+        text = Text(states["ids"], states["places"]) if "ids" in states else None
+        return cls(int(states["length"]), states.get("mask"), text)
 
     def _check(self, batch: int, tokens: int, mask: Tensor | None) -> None:
         if mask is None:

@@ -8,6 +8,7 @@ import attrs
 from torch import Tensor
 
 from pikv.adapters.transformers.latent import LatentKV
+from pikv.adapters.transformers.text import Text
 from pikv.core.cache import PiKVCache
 from pikv.core.errors import StateError
 from pikv.core.ports import Routing
@@ -18,14 +19,15 @@ class Step:
     """The tokens of one forward call, on their way through the layers.
 
     positions: int64 [batch, tokens], below 0 for padding. mask: what the caller said of padding, [batch, tokens seen
-    and new]. attended: how many layers have attended. routed: the router's choice in each
-    layer with experts, if there is a router.
+    and new]. text: what the tokens are, if they are not embeddings. attended: how many layers have attended. routed:
+    the router's choice in each layer with experts, if there is a router.
     """
 
     cache: PiKVCache
     positions: Tensor
     mask: Tensor | None
     latent: LatentKV | None
+    text: Text | None
     attended: int = 0
     routed: dict[int, Routing] = attrs.field(factory=dict)
     _layer_id: int | None = None

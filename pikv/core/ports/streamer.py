@@ -94,6 +94,11 @@ class Streamer(Owner):
         """Give back what the streamer holds; what was not committed is of no version. A second call does nothing."""
 
     @final
+    def newest(self) -> Version | None:
+        """The newest version, damaged or not; None if there is none."""
+        return next(reversed(self.versions()), None)
+
+    @final
     def newest_good(self) -> Version | None:
         """The newest version that is undamaged, all of it read and checked; None if there is none."""
         for version in reversed(self.versions()):
