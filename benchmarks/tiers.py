@@ -13,6 +13,7 @@ import argparse
 import statistics
 import time
 from pathlib import Path
+from typing import TypeVar
 
 import attrs
 import torch
@@ -22,7 +23,7 @@ from tqdm import tqdm
 import pikv
 from pikv.core.host_tier import HostTier
 from pikv.core.modelled_tier import ModelledTier
-from pikv.core.prefetch import Foresight
+from pikv.core.tier_use import NearUse, PoolUse, TierUse
 from pikv.policies import AsLastStep, AsThisLayer, FurthestLayer, Quest
 
 MODEL = pikv.ModelConfig(layers=8, query_heads=32, kv_heads=8, head_dim=128)
@@ -35,24 +36,55 @@ CASES = {
     "far, as last step": AsLastStep(),
     "far, as this layer": AsThisLayer(),
 }
+COLUMNS = (
+    "case",
+    "step, ms",
+    "far pages a step",
+    "fetching a layer, ms",
+    "waited for, ms",
+    "foreseen of chosen",
+    "fetching ahead, ms",
+    "of it right",
+    "of that hidden",
+)
 WARM = 4  # steps that are not measured: pages that have never been far are written on their way there
+
+Use = TypeVar("Use", NearUse, TierUse)
 
 
 @attrs.define
 class Decoding:
-    """One contestant: its cache, and the milliseconds of its steps."""
+    """One contestant: its cache, the milliseconds of its steps, and what had gone through its tier before them."""
 
     cache: pikv.PiKVCache
     milliseconds: list[float] = attrs.field(factory=list)
+    before: PoolUse | None = None
+    chosen: tuple[int, int] = (0, 0)  # by predictor: pages chosen, and those of them that had been foreseen
 
     def forget(self) -> None:
         """What was measured so far."""
         self.milliseconds.clear()
-        if self.cache.pool.residency is not None:
-            use = self.cache.pool.residency.stack.use[0]
-            use.pages_read, use.busy_s, use.waited_s = 0, 0.0, 0.0
-        if self.cache._prefetcher is not None:
-            self.cache._prefetcher.foresight = Foresight()
+        self.before = self.cache.pool.use()
+        if self.cache.runtime.predictor is not None:
+            self.chosen = self.cache.foresight.chosen, self.cache.foresight.both
+
+    def use(self) -> PoolUse:
+        """What has gone through since."""
+        now, before = self.cache.pool.use(), self.before
+        assert before is not None
+        tiers = tuple(_difference(*pair) for pair in zip(now.tiers, before.tiers, strict=True))
+        return attrs.evolve(now, near=_difference(now.near, before.near), tiers=tiers)
+
+    def hit_rate(self) -> float:
+        """The share of the pages chosen since that had been foreseen."""
+        chosen, both = self.chosen
+        return (self.cache.foresight.both - both) / max(1, self.cache.foresight.chosen - chosen)
+
+
+def _difference(now: Use, before: Use) -> Use:
+    """Counters, less what they were."""
+    fields = (field.name for field in attrs.fields(type(now)) if field.name != "name")
+    return attrs.evolve(now, **{name: getattr(now, name) - getattr(before, name) for name in fields})
 
 
 def compose(name: str, tokens: int) -> pikv.PiKVCache:
@@ -98,19 +130,22 @@ def run(tokens: int, steps: int, drift: float) -> dict[str, Decoding]:
 
 def row(name: str, each: Decoding, steps: int) -> tuple[str, ...]:
     """A line of the table."""
-    median = statistics.median(each.milliseconds)
+    step_ms = f"{statistics.median(each.milliseconds):.1f}"
     if each.cache.pool.residency is None:
-        return (name, f"{median:.1f}", "", "", "", "")
-    use = each.cache.pool.residency.stack.use[0]
-    prefetcher = each.cache._prefetcher
-    hits = "" if prefetcher is None else f"{prefetcher.foresight.hit_rate:.0%}"
+        return (name, step_ms, *[""] * (len(COLUMNS) - 2))
+    use = each.use()
+    (tier,) = use.tiers
+    ahead = each.cache.runtime.predictor is not None
     return (
         name,
-        f"{median:.1f}",
-        f"{use.pages_read / steps:.0f}",
-        f"{1e3 * use.busy_s / steps:.1f}",
-        f"{1e3 * use.waited_s / steps:.1f}",
-        hits,
+        step_ms,
+        f"{tier.pages_read / steps:.0f}",
+        f"{1e3 * tier.read_s / steps / len(MODEL.layers):.1f}",
+        f"{1e3 * tier.exposed_s / steps:.1f}",
+        f"{each.hit_rate():.0%}" if ahead else "",
+        f"{1e3 * tier.foreseen_s / steps:.1f}" if ahead else "",
+        f"{use.near.used / max(1, use.near.foreseen):.0%}" if ahead else "",
+        f"{use.hidden_of_right:.0%}" if ahead else "",
     )
 
 
@@ -131,21 +166,18 @@ def main() -> None:
         (
             "computed: half of what is read in place, CXL",
             f"{near_ms + 1e3 * read_bytes / 2 / CXL_BYTES_PER_S:.1f}",
-            "",
-            "",
-            "",
-            "",
+            *[""] * (len(COLUMNS) - 2),
         )
     )
-    columns = ("case", "step, ms", "far pages a step", "fetching, ms", "waited for, ms", "foreseen of chosen")
     text = "\n\n".join(
         [
             f"{len(MODEL.layers)} layers, 8 KV heads, head_dim 128, float32; {arguments.tokens} tokens, near memory "
             f"for half of them; Quest reads {PAGES} pages a head. The far tier is a model: {LATENCY_S * 1e6:.0f} us, "
             f"{BYTES_PER_S / 1e9:.0f} GB/s. Medians of {arguments.steps} steps, drift {arguments.drift}. "
-            f"{tables.machine()}.",
+            f"{tables.machine()}. A page takes its share of the time to fetch ahead; hidden is what nobody waited for of "
+            "the time of pages that were foreseen rightly, every wait for pages fetched ahead counted against it.",
             tables.command(),
-            tables.markdown(columns, rows).rstrip(),
+            tables.markdown(COLUMNS, rows).rstrip(),
         ]
     )
     tables.save(text + "\n", arguments.output)

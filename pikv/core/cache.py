@@ -23,7 +23,7 @@ from pikv.core.places import Places
 from pikv.core.pool import PagePool
 from pikv.core.ports.router import Routing
 from pikv.core.ports.streamer import Version
-from pikv.core.prefetch import Prefetcher
+from pikv.core.prefetch import Foresight, Prefetcher
 from pikv.core.rehearsal import Rehearsal
 from pikv.core.reports import Description, StoredBytes
 from pikv.core.runtime import RuntimeConfig
@@ -387,6 +387,13 @@ class PiKVCache:
         Raises ConfigError without a page selector: everything is read.
         """
         return self._reads.report(self._served, self.pool)
+
+    @property
+    def foresight(self) -> Foresight:
+        """How well the runtime's predictor has foreseen what layers choose. Raises ConfigError without one."""
+        if self._prefetcher is None:
+            raise ConfigError("foresight needs a predictor in the runtime, such as AsLastStep()")
+        return self._prefetcher.foresight
 
     def auditing_reads(self) -> AbstractContextManager[None]:
         """While this is open, what decoded tokens leave out is measured too: `page_reads` has the true share.

@@ -9,6 +9,7 @@ import threading
 from collections import deque
 from typing import TYPE_CHECKING
 
+import attrs
 import torch
 from torch import Tensor
 
@@ -18,6 +19,7 @@ from pikv.core.prefix_index import PrefixIndex
 from pikv.core.residency import Residency
 from pikv.core.slab import FreeRuns, physical_memory_bytes, reserve
 from pikv.core.tier_stack import TierStack
+from pikv.core.tier_use import NearUse, PoolUse
 
 if TYPE_CHECKING:
     from pikv.core.config import ModelConfig
@@ -130,6 +132,16 @@ class PagePool:
         """The bytes of all pages that somebody holds."""
         self._release_abandoned()
         return self._used_bytes
+
+    def use(self) -> PoolUse:
+        """What the pool holds, and what has gone through its tiers until now, if it has any."""
+        residency = self.residency
+        return PoolUse(
+            used_bytes=self.used_bytes,
+            near_bytes=self.capacity_bytes,
+            near=NearUse() if residency is None else attrs.evolve(residency.use),
+            tiers=() if residency is None else residency.stack.uses(),
+        )
 
     @property
     def bytes_a_page(self) -> int:

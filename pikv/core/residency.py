@@ -14,6 +14,7 @@ from torch import Tensor
 from pikv.core.errors import PageLostError, PoolFullError, TierError
 from pikv.core.ports.demotion import Demotion, PageUse
 from pikv.core.tier_stack import Arrival, TierStack
+from pikv.core.tier_use import NearUse
 
 if TYPE_CHECKING:
     from pikv.core.forms import PageForm
@@ -30,6 +31,7 @@ class _Coming:
     ids: Tensor
     rows: Tensor
     arrivals: list[Arrival]
+    foreseen: bool
 
 
 @final
@@ -41,10 +43,10 @@ class Residency:
     """
 
     def __init__(self, pool: PagePool, stack: TierStack, demotion: Demotion, layer_count: int) -> None:
-        self._pool, self.stack = pool, stack
+        self._pool, self.stack, self.use = pool, stack, NearUse()
         self._demotion, self._layer_count = demotion, layer_count
         self._forms: list[PageForm] = []
-        self._form_of = torch.empty(0, dtype=torch.int8)
+        self._form_of, self._ahead = torch.empty(0, dtype=torch.int8), torch.empty(0, dtype=torch.bool)
         self._layer_of, self._read_at, self._reads = (torch.empty(0, dtype=torch.int64) for _ in range(3))
         self._coming: list[_Coming] = []
         self._in_use = torch.empty(0, dtype=torch.int32)
@@ -54,7 +56,7 @@ class Residency:
     def grow(self, count: int) -> None:
         """Make room in the books for page ids below `count`."""
         self.stack.grow(count)
-        for name in ("_form_of", "_layer_of", "_read_at", "_reads"):
+        for name in ("_form_of", "_ahead", "_layer_of", "_read_at", "_reads"):
             old: Tensor = getattr(self, name)
             setattr(self, name, torch.cat([old, old.new_zeros(count - len(old))]))
 
@@ -63,7 +65,7 @@ class Residency:
         if form not in self._forms:
             self._forms.append(form)
         self._form_of[ids] = self._forms.index(form)
-        self._read_at[ids], self._reads[ids] = self._clock, 0
+        self._read_at[ids], self._reads[ids], self._ahead[ids] = self._clock, 0, False
         self.moves += 1
 
     def belong(self, ids: Tensor, layer_id: int) -> None:
@@ -97,13 +99,19 @@ class Residency:
         Raises PoolFullError if they do not fit beside what is in use; PageLostError, TierError. Then all pages are
         where they were.
         """
+        self._land(ids[:0])
+        found = int((self._pool.rows(ids) != FAR).sum())
         self._land(ids)
         self._clock += 1
         far = ids[self._pool.rows(ids) == FAR]
         if len(far):
             self.make_room(form, len(far), keep=ids, layer_id=layer_id)
-            coming = self._ask(form, far)
-            self._arrive(coming)
+            self._arrive(self._ask(form, far, foreseen=False))
+        self.use.used += int(self._ahead[ids].sum())
+        self._ahead[ids] = False
+        self.use.hits += found
+        self.use.coming += len(ids) - len(far) - found
+        self.use.misses += len(far)
         self._read_at[ids] = self._clock
         self._reads[ids] += 1
         self._in_use = ids
@@ -120,11 +128,12 @@ class Residency:
             self.make_room(form, len(far), keep=ids, layer_id=layer_id)
         except (PoolFullError, TierError):
             return  # what is foreseen is not yet needed: when it is, the reason is given
-        self._coming.append(self._ask(form, far))
+        self._coming.append(self._ask(form, far, foreseen=True))
 
-    def _ask(self, form: PageForm, ids: Tensor) -> _Coming:
+    def _ask(self, form: PageForm, ids: Tensor, *, foreseen: bool) -> _Coming:
         rows = self._pool.take_rows(form, len(ids))
-        return _Coming(form, ids, rows, self.stack.read(ids, self._pool.slab(form), rows.long()))
+        arrivals = self.stack.read(ids, self._pool.slab(form), rows.long(), foreseen=foreseen)
+        return _Coming(form, ids, rows, arrivals, foreseen)
 
     def _land(self, wanted: Tensor) -> None:
         """Take in what has arrived, and wait for those of the wanted pages that come. What failed is far again."""
@@ -150,6 +159,9 @@ class Residency:
             raise
         self._pool.place(coming.ids, coming.rows)
         self._read_at[coming.ids] = self._clock
+        if coming.foreseen:
+            self._ahead[coming.ids] = True
+            self.use.foreseen += len(coming.ids)
         self.moves += 1
 
     # --- far
@@ -181,6 +193,7 @@ class Residency:
             some = leaving[self._form_of[leaving] == number]
             self._pool.give_rows(each, self._pool.rows(some))
             self._pool.place(some, torch.full((len(some),), FAR, dtype=torch.int32))
+        self._ahead[leaving] = False
         self.moves += 1
 
     def _movable(self, keep: Tensor, layer_id: int) -> Tensor:
@@ -217,7 +230,7 @@ class Residency:
         out[rows != FAR] = self._near_bytes(form, held[rows != FAR])
         far = held[rows == FAR]
         if len(far):
-            for arrival in self.stack.read(far, out, torch.nonzero(rows == FAR).flatten()):
+            for arrival in self.stack.read(far, out, torch.nonzero(rows == FAR).flatten(), foreseen=False):
                 arrival.wait()
         return out[back]
 

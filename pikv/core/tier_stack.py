@@ -15,30 +15,11 @@ from torch import Tensor
 
 from pikv.core.errors import PageLostError, PiKVError, PoolFullError, TierError, TierFullError
 from pikv.core.ports.memory_tier import MemoryTier
+from pikv.core.tier_use import TierUse
 from pikv.core.worker import Job, Worker
 
 _POOLS = itertools.count()
 NOWHERE = -1
-
-
-@attrs.define(kw_only=True)
-class TierUse:
-    """What has gone through one tier. waited_s: the time that somebody waited for it; busy_s: that its reads took."""
-
-    name: str
-    pages_written: int = 0
-    bytes_written: int = 0
-    pages_read: int = 0
-    bytes_read: int = 0
-    busy_s: float = 0.0
-    waited_s: float = 0.0
-    failures: int = 0
-
-    def __str__(self) -> str:
-        return (
-            f"{self.name}: {self.pages_written} pages written, {self.pages_read} read, {self.bytes_read / 2**20:.1f} "
-            f"MiB, in {self.busy_s:.3f} s, of which {self.waited_s:.3f} s were waited for; {self.failures} failures"
-        )
 
 
 @final
@@ -105,25 +86,34 @@ class TierStack:
 
     def _write_to(self, number: int, ids: Tensor, pages: Tensor) -> None:
         keys, pages = self._keys(ids), pages.contiguous()
-        self._workers[number].submit(lambda: self._tiers[number].write(keys, pages).wait()).wait()
+        job = self._workers[number].submit(lambda: self._tiers[number].write(keys, pages).wait())
+        job.wait()
+        self.use[number].write_s += job.took_s
         self._marks[ids] = marks(pages)
         self._tier_of[ids], self._bytes[ids] = number, pages.shape[1]
         self._free_bytes[number] -= pages.nbytes
         self.use[number].pages_written += len(ids)
         self.use[number].bytes_written += pages.nbytes
 
-    def read(self, ids: Tensor, slab: Tensor, rows: Tensor) -> list[Arrival]:
-        """Ask for pages int32 [n], all of which have a copy, into rows int64 [n] of a slab uint8 [rows, page_bytes]."""
-        arrivals = []
+    def read(self, ids: Tensor, slab: Tensor, rows: Tensor, *, foreseen: bool) -> list[Arrival]:
+        """Ask for pages int32 [n], all of which have a copy, into rows int64 [n] of a slab uint8 [rows, page_bytes].
+
+        foreseen: whether they are not yet needed.
+        """
+        arrivals, left = [], len(ids)
         for number, tier in enumerate(self._tiers):
             here = self._tier_of[ids] == number
             some = ids[here]
+            left -= len(some)
+            self.use[number].hits += len(some)
+            self.use[number].misses += left
             if len(some):
                 fetch = functools.partial(
                     _fetch, tier, self._keys(some), self._marks[some], slab, rows[here], self.use[number].name
                 )
                 nbytes = len(some) * slab.shape[1]
-                arrivals.append(Arrival(self._workers[number].submit(fetch), len(some), nbytes, self.use[number]))
+                job = self._workers[number].submit(fetch)
+                arrivals.append(Arrival(job, len(some), nbytes, self.use[number], foreseen))
         return arrivals
 
     def forget(self, ids: Tensor) -> None:
@@ -134,6 +124,11 @@ class TierStack:
                 self._workers[number].submit(functools.partial(tier.discard, self._keys(some)))
                 self._free_bytes[number] += int(self._bytes[some].sum())
         self._tier_of[ids] = NOWHERE
+
+    def uses(self) -> tuple[TierUse, ...]:
+        """What has gone through each tier until now."""
+        workers = zip(self.use, self._workers, strict=True)
+        return tuple(attrs.evolve(use, queued=worker.depth) for use, worker in workers)
 
     def _keys(self, ids: Tensor) -> Tensor:
         return ids.long() + self._first_key
@@ -160,6 +155,7 @@ class Arrival:
     pages: int
     nbytes: int
     use: TierUse
+    foreseen: bool
 
     def wait(self) -> None:
         """Return when the pages are there and are what was written. Raises PageLostError, TierError."""
@@ -170,8 +166,7 @@ class Arrival:
             self.use.failures += 1
             raise
         finally:
-            self.use.waited_s += time.perf_counter() - started
-            self.use.busy_s += self.ticket.took_s
+            self.use.waited(self.ticket.took_s, time.perf_counter() - started, foreseen=self.foreseen)
         self.use.pages_read += self.pages
         self.use.bytes_read += self.nbytes
 

@@ -29,7 +29,7 @@ def test_public_names_are_exactly_all(name):
 
 def test_importing_pikv_loads_no_optional_package():
     """In a fresh interpreter; also with the policies."""
-    optional = {"cupy", "numba", "mpi4py", "zarr", "transformers", "hypothesis"}
+    optional = {"cupy", "numba", "mpi4py", "zarr", "transformers", "hypothesis", "prometheus_client"}
     program = "import pikv, pikv.policies, sys; print(*{name.partition('.')[0] for name in sys.modules})"
     loaded = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout.split()
     assert "torch" in loaded

@@ -16,6 +16,7 @@ import pikv
 from pikv.adapters.file_store import FileTier
 from pikv.adapters.zarr_store import ZarrStreamer
 from pikv.core.host_tier import HostTier
+from pikv.core.modelled_tier import ModelledTier
 from pikv.core.ports import Demotion, PageUse
 from pikv.core.tier_stack import TierStack
 from pikv.policies import AsLastStep, AsThisLayer, EvictOldest, FurthestLayer, LeastOftenRead, LeastRecentlyRead, Quest
@@ -93,14 +94,18 @@ def test_answers_are_those_of_a_cache_that_is_all_near(demotion, predictor, tmp_
         check_same(*step([cache, plain], generator, position, 1))
     check_holds_the_same(cache, plain)
     assert cache.pool.used_bytes == plain.pool.used_bytes > cache.pool.capacity_bytes
-    (use,) = cache.pool.residency.stack.use
+    near_use, (use,) = cache.pool.use().near, cache.pool.use().tiers
     assert use.name == "FileTier"
     assert use.pages_read > 0
     assert use.pages_written > 0
+    assert near_use.hits > 0
+    assert near_use.misses > 0
+    assert (near_use.coming > 0) <= (predictor is not None)
+    assert (use.hits, use.misses) >= (use.pages_read, 0)
     cache.pool.check_integrity()
     if predictor is not None:
-        assert 0 < cache._prefetcher.foresight.hit_rate <= 1
-        assert 0 < cache._prefetcher.foresight.precision <= 1
+        assert 0 < cache.foresight.hit_rate <= 1
+        assert 0 < cache.foresight.precision <= 1
     cache.reset()
     cache.pool.check_integrity()
     assert cache.pool.used_bytes == 0
@@ -375,7 +380,47 @@ def test_more_is_decoded_than_fits_near():
         check_same(*step([cache, plain], generator, position, 1))
     assert cache._layers[0].table.counts.sum() * STRIDE > cache.pool.capacity_bytes
     assert cache.pool.used_bytes > 4 * cache.pool.capacity_bytes
-    assert "pages written" in str(cache.pool.residency.stack.use[0])
+
+
+def test_hidden_and_exposed_waits_add_up():
+    """What was begun ahead is hidden as far as nobody waited for it; without a predictor nothing is."""
+    for predictor in (None, AsLastStep()):
+        tier = ModelledTier(host(), latency_s=0.005, bytes_per_s=1e9)
+        runtime = runtime_of(tier, predictor=predictor)
+        cache, generator = near(runtime, 26), torch.Generator().manual_seed(0)
+        prompt([cache], generator)
+        before = cache.pool.use().tiers[0]
+        for position in range(160, 190):
+            step([cache], generator, position, 1)
+        use = cache.pool.use().tiers[0]
+        assert use.read_s - before.read_s >= 0.005
+        assert use.foreseen_exposed_s + use.hidden_s >= use.foreseen_s - 1e-6
+        assert use.write_s > 0
+        assert (use.foreseen_s > 0) == (predictor is not None)
+        assert use.hidden_s <= use.foreseen_s
+        whole = cache.pool.use()
+        assert (0 < whole.near.used <= whole.near.foreseen) == (predictor is not None)
+        assert 0 <= whole.hidden_of_right <= 1
+        assert use.foreseen_exposed_s <= use.exposed_s
+        assert use.queued == 0
+
+
+def test_what_has_gone_through_is_printed():
+    """A line for each place; a pool without tiers has none but its bytes."""
+    cache, generator = near(runtime_of(host(4), host()), 26), torch.Generator().manual_seed(0)
+    prompt([cache], generator)
+    step([cache], generator, 160, 1)
+    held, near_line, first, second = str(cache.pool.use()).splitlines()
+    assert "may lie near" in held
+    assert "pages found" in near_line
+    assert "pages written" in first
+    assert "pages were elsewhere" in second
+    first_use, second_use = cache.pool.use().tiers
+    assert first_use.misses == second_use.hits > 0
+    assert second_use.misses == 0
+    assert len(str(all_near(cache.runtime).pool.use()).splitlines()) == 1
+    with pytest.raises(pikv.ConfigError, match="foresight needs a predictor"):
+        _ = cache.foresight
 
 
 def test_tiers_that_are_too_small_for_a_page_are_said():

@@ -44,7 +44,8 @@ def attach(
     """
     model = model_config(hf_model)
     composed = _composed(model, runtime, backends)
-    PiKVCache(model, composed)  # a composition that cannot work is refused now
+    one_page = PagePool(model, composed, capacity_bytes=max(form.stride for form in composed.forms(model)))
+    PiKVCache(model, composed, pool=one_page)  # a composition that cannot work is refused now
     return Host(hf_model, model, composed)
 
 
