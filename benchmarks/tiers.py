@@ -174,8 +174,8 @@ def main() -> None:
             f"{len(MODEL.layers)} layers, 8 KV heads, head_dim 128, float32; {arguments.tokens} tokens, near memory "
             f"for half of them; Quest reads {PAGES} pages a head. The far tier is a model: {LATENCY_S * 1e6:.0f} us, "
             f"{BYTES_PER_S / 1e9:.0f} GB/s. Medians of {arguments.steps} steps, drift {arguments.drift}. "
-            f"{tables.machine()}. A page takes its share of the time to fetch ahead; hidden is what nobody waited for of "
-            "the time of pages that were foreseen rightly, every wait for pages fetched ahead counted against it.",
+            f"{tables.machine()}. A page takes its share of the time to fetch ahead; hidden is what nobody waited "
+            "for of the time of pages foreseen rightly; every wait for pages fetched ahead counts against it.",
             tables.command(),
             tables.markdown(COLUMNS, rows).rstrip(),
         ]
