@@ -100,7 +100,7 @@ def test_a_scale_that_was_changed_afterwards(random_model):
 
 def test_an_attention_that_never_asks(talk):
     """Should a version of transformers not hand keywords down, the next layer's tokens show it."""
-    talk.cache.begin(3, 1, talk.mask)
+    talk.cache.begin(3, 1, {"attention_mask": talk.mask})
     states = torch.zeros(3, 2, 1, 16)
     talk.cache.take(0, states, states)
     with pytest.raises(pikv.StateError, match="layer 0 took new tokens and its attention did not ask"):
