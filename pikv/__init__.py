@@ -28,6 +28,7 @@ from pikv.core.ports.streamer import Version
 from pikv.core.reports import Description, StoredBytes
 from pikv.core.rotary import Rotary
 from pikv.core.runtime import RuntimeConfig
+from pikv.core.salvage import Salvage
 from pikv.core.views import ContextKV
 
 __version__ = "0.1.0"
@@ -52,6 +53,7 @@ __all__ = [
     "PoolFullError",
     "Rotary",
     "RuntimeConfig",
+    "Salvage",
     "StateError",
     "StoreError",
     "StoredBytes",

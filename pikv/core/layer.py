@@ -205,6 +205,14 @@ class LayerCache:
         self.table.append(ids, newest, counts, live=live)
         self._changed_pages()
 
+    def replace_page(self, place: tuple[int, int, int], page_id: Tensor) -> None:
+        """Hold another page, int32 [1], whose slots are all live, at a place: sequence, KV head, number in the row."""
+        old = self.table.ids[place].view(1).clone()
+        self.pool.retain(page_id)
+        self.table.ids[place], self.table.live[place] = page_id, all_live(self.page_size)
+        self.pool.release(self.codec.form, old)
+        self._changed_pages()
+
     def keep_pages(self, kept: Tensor) -> None:
         """Keep the pages marked in kept, bool [sequences, kv_heads, pages]; the others are let go."""
         if bool((kept | (self.table.ids[..., : kept.shape[-1]] == ABSENT)).all()):

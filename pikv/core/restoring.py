@@ -28,16 +28,26 @@ from pikv.core.tables import ABSENT
 
 @attrs.frozen(kw_only=True)
 class Source:
-    """A version that was opened. reindex: makes the index of the pages anew; None takes it from the store."""
+    """A version that was opened. reindex: makes the index of the pages anew; None takes it from the store.
+
+    lost: takes the keys of pages that are missing or damaged, which are read as zeros; None makes them an error.
+    """
 
     streamer: Streamer
     version: Version
     manifest: Manifest
     reindex: PageSelector | None
+    lost: list[int] | None
 
     def read(self, names: Tensor, out: Tensor) -> None:
         """Fill out uint8 [n, record_bytes] with the records of pages int64 [n]."""
-        self.streamer.read(self.version, names, out).wait()
+        try:
+            self.streamer.read(self.version, names, out).wait()
+        except DamagedError as error:
+            if self.lost is None:
+                raise
+            self.lost.extend(error.keys)
+            out[torch.isin(names, torch.tensor(error.keys, dtype=torch.int64))] = 0
 
 
 def restore(
@@ -47,30 +57,30 @@ def restore(
     served: list[Served],
     version: Version | None,
     may_differ: Iterable[str],
+    lost: list[int] | None = None,
 ) -> tuple[dict[int, LayerCache], bool]:
-    """The layers of a version, which hold their pages, and whether their prompt goes on; see PiKVCache.restore."""
+    """The layers of a version, which hold their pages, and whether their prompt goes on; see PiKVCache.restore.
+
+    lost: takes the keys of pages that are missing or damaged, which hold zeros then; they are an error without it.
+    """
     streamer = streamer_of(runtime)
     chosen = streamer.newest() if version is None else version
     try:
         manifest = streamer.manifest(chosen)
-        source = _checked(model, runtime, streamer, chosen or Version(0), manifest, may_differ)
+        reindex = _checked(model, runtime, manifest, may_differ)
+        source = Source(streamer=streamer, version=chosen or Version(0), manifest=manifest, reindex=reindex, lost=lost)
         return _layers(source, pool, served), manifest.facts["prefilling"]
     except DamagedError as error:
         raise _told(error, streamer, chosen) from error
 
 
 def _checked(
-    model: ModelConfig,
-    runtime: RuntimeConfig,
-    streamer: Streamer,
-    version: Version,
-    manifest: Manifest,
-    may_differ: Iterable[str],
-) -> Source:
+    model: ModelConfig, runtime: RuntimeConfig, manifest: Manifest, may_differ: Iterable[str]
+) -> PageSelector | None:
+    """Raise ConfigError unless the composition is the version's; what indexes its pages anew, if that must be."""
     stored, now = manifest.facts["components"], composition(model, runtime)
     check_same(stored, now, may_differ)
-    reindex = runtime.page_selector if stored["page_selector"] != now["page_selector"] else None
-    return Source(streamer=streamer, version=version, manifest=manifest, reindex=reindex)
+    return runtime.page_selector if stored["page_selector"] != now["page_selector"] else None
 
 
 def _layers(source: Source, pool: PagePool, served: list[Served]) -> dict[int, LayerCache]:

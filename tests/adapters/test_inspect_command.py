@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from damage import flip
 
 import pikv
 from pikv.adapters.zarr_store import Inspection, ZarrStreamer
@@ -36,18 +37,6 @@ def inspected(capsys, *arguments):
     return code, json.loads(capsys.readouterr().out)["versions"]
 
 
-def flip(cache, folder, layer_id, sequence, head, page):
-    """Change a bit of a page where it is stored; returns the key of the page."""
-    layer = cache._layers[layer_id]
-    row = int(layer.pool.rows(layer.table.ids[sequence, head, page]))
-    stored = bytes(layer.pool.slab(layer.codec.form)[row].tolist())
-    (path,) = [path for path in (folder / "segments").rglob("0.0") if stored in path.read_bytes()]
-    whole = bytearray(path.read_bytes())
-    whole[whole.index(stored) + 77] ^= 4
-    path.write_bytes(whole)
-    return int(cache.pool.names(layer.table.ids[sequence, head, page])[None])
-
-
 def test_versions_layers_and_bytes(cache, tmp_path, capsys):
     """What is said is what the cache holds; nothing is changed."""
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
@@ -68,7 +57,7 @@ def test_a_flipped_bit_is_named(cache, tmp_path, capsys):
     """By version, layer, sequence, KV head, page and tokens; the version without that page is good."""
     layer = cache._layers[1]
     page = layer.table.width - 1
-    key = flip(cache, tmp_path / "store", 1, 0, 1, page)
+    key = flip(tmp_path / "store", cache, 1, 0, 1, page)
     code, (first, second) = inspected(capsys, tmp_path / "store")
     assert code == 1
     assert first["damaged_pages"] == 0
@@ -85,7 +74,7 @@ def test_a_flipped_bit_is_named(cache, tmp_path, capsys):
 def test_a_page_of_several_versions_is_read_once(cache, tmp_path, capsys):
     """And is lost in each of them."""
     store = tmp_path / "store"
-    flip(cache, store, 0, 1, 0, 0)
+    flip(store, cache, 0, 1, 0, 0)
     code, versions = inspected(capsys, store)
     assert code == 1
     assert [[(page["layer_id"], page["page"]) for page in each["lost"]] for each in versions] == [[(0, 0)]] * 2

@@ -3,5 +3,6 @@
 from pikv.adapters.transformers.cache import HostCache
 from pikv.adapters.transformers.families import model_config, supported_families
 from pikv.adapters.transformers.host import Host, attach
+from pikv.adapters.transformers.recovery import Recovered
 
-__all__ = ["Host", "HostCache", "attach", "model_config", "supported_families"]
+__all__ = ["Host", "HostCache", "Recovered", "attach", "model_config", "supported_families"]

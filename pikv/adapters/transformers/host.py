@@ -18,6 +18,7 @@ from pikv.adapters.transformers.experts import observe
 from pikv.adapters.transformers.families import model_config
 from pikv.adapters.transformers.latent import latent_kv
 from pikv.adapters.transformers.padding import Seen
+from pikv.adapters.transformers.recovery import Reader, Recovered
 from pikv.adapters.transformers.weights import weights_of
 from pikv.compose import installed_backends, runtime_from
 from pikv.core.cache import PiKVCache
@@ -27,6 +28,7 @@ from pikv.core.errors import ConfigError, InputError, StateError
 from pikv.core.pool import PagePool
 from pikv.core.ports import Backend, Version
 from pikv.core.runtime import RuntimeConfig
+from pikv.core.salvage import Salvage
 
 
 def attach(
@@ -100,6 +102,28 @@ class Host:
         version = streamer.newest() if version is None else version
         cache = PiKVCache.restore(self.model, self.runtime, version, pool=pool, may_differ=may_differ)
         return HostCache(cache, self._latent, seen=Seen.of(beside(streamer.manifest(version))))
+
+    def recover(
+        self,
+        version: Version | None = None,
+        *,
+        pool: PagePool | None = None,
+        may_differ: Iterable[str] = (),
+        chunk_tokens: int = 512,
+    ) -> Recovered:
+        """As `restore`, but the model reads the tokens of missing or damaged pages again, chunk_tokens at a time.
+
+        Where tokens were evicted, or pages are written in a basis, it reads everything again. Raises DamagedError where
+        the version's document or states are damaged; StateError if the tokens came as embeddings; else as `restore`.
+        """
+        salvage = Salvage.of(self.model, self.runtime, version, pool=pool, may_differ=may_differ)
+        reader = Reader(
+            model=self._hf_model.base_model,
+            wrapped=lambda cache, seen: HostCache(cache, self._latent, seen=seen),
+            chunk_tokens=chunk_tokens,
+        )
+        seen = Seen.of(beside(salvage.manifest))
+        return reader.recovered(salvage, seen, lambda: PiKVCache(self.model, self.runtime, pool=pool))
 
     def rehearse(self, cache: HostCache, input_ids: Tensor, *, chunk_tokens: int = 512) -> None:
         """Go over a prompt a second time, for a token selector that judges by it (KVzip); right after the prompt.

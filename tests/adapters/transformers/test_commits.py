@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from damage import flip
 from obstore.store import MemoryStore
 
 import pikv
@@ -110,3 +111,71 @@ def test_a_version_of_another_origin_is_refused(mixtral, store):
             host.restore()
     with attach(mixtral) as host, pytest.raises(pikv.ConfigError, match="need a streamer"):
         host.restore()
+
+
+# --- recovery
+
+
+def recovered(pad, model, folder, *damaged, settings=None, **parts):
+    """A version of three rows with damaged pages, recovered; what the model goes on to say, and what it should."""
+    ids, mask = pad(80, [0, 7, 20])
+    with attach(model, runtime_of(folder, **parts)) as host:
+        cache = host.new_cache()
+        said = generate(model, cache, ids, mask, max_new_tokens=20)
+        cache.commit()
+        whole = torch.cat([mask, mask.new_ones(3, 20)], 1)
+        expected = generate(model, cache.fork(), said, whole)
+        for place in damaged:
+            flip(folder, cache.pikv, *place)
+    with attach(model, runtime_of(folder, **parts)) as host:
+        if damaged:
+            with pytest.raises(pikv.DamagedError):
+                host.restore()
+        made = host.recover(**settings or {})
+        assert torch.equal(made.cache.token_ids, said[:, :-1])
+        return made, generate(model, made.cache, said, whole), expected
+
+
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "granitemoe"])
+def test_damaged_pages_are_read_again(family, models, pad, tmp_path):
+    """The model reads what they held, and no more than a token beside; it goes on as from the undamaged version."""
+    places = [(0, 0, 0, 0), (1, 1, 1, 2), (2, 1, 0, 3), (0, 2, 0, 1)]
+    made, said, expected = recovered(pad, models(family), tmp_path, *places)
+    assert torch.equal(said, expected)
+    assert made.why_whole is None
+    assert made.read_tokens == 17 + 33 + 17
+    assert {(each.layer_id, each.sequence) for each in made.lost} == {(0, 0), (1, 1), (2, 1), (0, 2)}
+
+
+def test_the_first_page_of_a_padded_sequence(mixtral, pad, tmp_path):
+    """It is read with its padding, in chunks."""
+    made, said, expected = recovered(pad, mixtral, tmp_path, (0, 2, 0, 0), settings={"chunk_tokens": 8})
+    assert torch.equal(said, expected)
+    assert made.read_tokens == 20 + 17
+
+
+def test_where_tokens_leave_everything_is_read_again(models, pad, tmp_path):
+    """A model with windows: the answer is the same, from a new cache."""
+    made, said, expected = recovered(pad, models("gemma3, mixed"), tmp_path, (1, 0, 0, 0))
+    assert torch.equal(said, expected)
+    assert "tokens leave" in made.why_whole
+    assert made.read_tokens == 3 * 99
+
+
+def test_a_version_without_damage_is_restored(mixtral, pad, tmp_path):
+    """Nothing is read."""
+    made, said, expected = recovered(pad, mixtral, tmp_path)
+    assert torch.equal(said, expected)
+    assert (made.lost, made.read_tokens) == ((), 0)
+
+
+def test_embeddings_cannot_be_read_again(mixtral, pad, tmp_path):
+    """StateError, which says what is left to do."""
+    ids, _ = pad(60, [0])
+    with attach(mixtral, runtime_of(tmp_path)) as host, torch.no_grad():
+        cache = host.new_cache()
+        mixtral(inputs_embeds=mixtral.get_input_embeddings()(ids), past_key_values=cache)
+        cache.commit()
+        flip(tmp_path, cache.pikv, 0, 0, 0, 1)
+        with pytest.raises(pikv.StateError, match="came as inputs_embeds"):
+            host.recover()
