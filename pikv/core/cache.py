@@ -11,7 +11,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from pikv.core import adopting, checkpoint, checks, layers, reading, restoring, routing, settling, showing
+from pikv.core import adopting, checkpoint, checks, layers, pinning, reading, restoring, routing, settling, showing
 from pikv.core.arrivals import Arrivals
 from pikv.core.config import ModelConfig
 from pikv.core.errors import ConfigError, InputError, StateError
@@ -374,6 +374,20 @@ class PiKVCache:
         restored, cache._prefilling = restoring.restore(model, runtime, cache.pool, cache._served, version, may_differ)
         cache._layers.update(restored)
         return cache
+
+    @keeps_numbers
+    def pin(self, layer_id: int, *, before: int | None = None) -> None:
+        """Fetch sealed pages of a layer and keep them near: those of tokens before a position, such as a prompt's end.
+
+        before: None pins the whole layer, pages to come included, in all caches of the pool. Raises ConfigError without
+        tiers; InputError; StateError before any update; PoolFullError where they do not fit near, and pins none.
+        """
+        pinning.pin(self._read_layer(layer_id), before)
+
+    @keeps_numbers
+    def unpin(self, layer_id: int) -> None:
+        """Let the pages of a layer go far again. Raises ConfigError without tiers, StateError before any update."""
+        pinning.unpin(self._read_layer(layer_id))
 
     # --- reports
 

@@ -46,7 +46,9 @@ class Residency:
         self._pool, self.stack, self.use = pool, stack, NearUse()
         self._demotion, self._layer_count = demotion, layer_count
         self._forms: list[PageForm] = []
-        self._form_of, self._ahead = torch.empty(0, dtype=torch.int8), torch.empty(0, dtype=torch.bool)
+        self._form_of = torch.empty(0, dtype=torch.int8)
+        self._ahead, self._pinned = (torch.empty(0, dtype=torch.bool) for _ in range(2))
+        self.pinned_layers: set[int] = set()
         self._layer_of, self._read_at, self._reads = (torch.empty(0, dtype=torch.int64) for _ in range(3))
         self._coming: list[_Coming] = []
         self._in_use = torch.empty(0, dtype=torch.int32)
@@ -56,7 +58,7 @@ class Residency:
     def grow(self, count: int) -> None:
         """Make room in the books for page ids below `count`."""
         self.stack.grow(count)
-        for name in ("_form_of", "_ahead", "_layer_of", "_read_at", "_reads"):
+        for name in ("_form_of", "_ahead", "_pinned", "_layer_of", "_read_at", "_reads"):
             old: Tensor = getattr(self, name)
             setattr(self, name, torch.cat([old, old.new_zeros(count - len(old))]))
 
@@ -65,7 +67,8 @@ class Residency:
         if form not in self._forms:
             self._forms.append(form)
         self._form_of[ids] = self._forms.index(form)
-        self._read_at[ids], self._reads[ids], self._ahead[ids] = self._clock, 0, False
+        self._read_at[ids], self._reads[ids] = self._clock, 0
+        self._ahead[ids] = self._pinned[ids] = False
         self.moves += 1
 
     def belong(self, ids: Tensor, layer_id: int) -> None:
@@ -86,6 +89,16 @@ class Residency:
             yield
         finally:
             self._in_use = self._in_use[:0]
+
+    def pin(self, form: PageForm, ids: Tensor, layer_id: int) -> None:
+        """Fetch pages int32 [n], distinct, and keep them near until `unpin`. Raises as `fetch` does, pinning none."""
+        with self.reading():
+            self.fetch(form, ids, layer_id)
+        self._pinned[ids] = True
+
+    def unpin(self, ids: Tensor) -> None:
+        """Let pages go far again."""
+        self._pinned[ids] = False
 
     def leases(self) -> int:
         """How many pages are in use or in flight."""
@@ -181,7 +194,7 @@ class Residency:
             raise PoolFullError(
                 f"pool: {count} pages of {form.stride} bytes are needed near and {missing} bytes are missing in "
                 f"capacity_bytes={self._pool.capacity_bytes} beside {len(keep)} pages in use; raise it, compose a "
-                "page_selector that reads fewer, or shorten the chunks of a prompt"
+                "page_selector that reads fewer, shorten the chunks of a prompt, or pin less"
             )
         leaving = ids[: int(enough.int().argmax()) + 1]
         for number, each in enumerate(self._forms):
@@ -200,7 +213,9 @@ class Residency:
         """The resident pages that nobody uses, coldest first: int32 [n]."""
         self._land(keep[:0])
         ids = self._pool.resident()
-        ids = ids[~self._among(ids, torch.cat([keep, self._in_use]))]
+        ids = ids[~(self._among(ids, torch.cat([keep, self._in_use])) | self._pinned[ids])]
+        if self.pinned_layers:
+            ids = ids[~torch.isin(self._layer_of[ids], torch.tensor(list(self.pinned_layers)))]
         ids = ids[self._read_at[ids].argsort(stable=True)]
         use = PageUse(
             read_at=self._read_at[ids],

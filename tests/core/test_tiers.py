@@ -351,6 +351,77 @@ def test_tiers_must_hold_what_is_near():
         pikv.RuntimeConfig(predictor=AsLastStep(), page_selector=Quest(pages=2))
 
 
+# --- pins
+
+
+def is_near(cache, layer_id):
+    """Which pages of a layer lie near: bool [sequences, kv_heads, pages]."""
+    table = cache._layers[layer_id].table
+    return cache.pool.rows(table.ids[..., : table.width]) >= 0
+
+
+def test_a_pinned_layer_stays_near():
+    """With the pages to come, until it is unpinned; the others go far in its stead, and answers are the same."""
+    runtime = runtime_of(host(), pages=2)
+    cache, plain, generator = near(runtime, 48), all_near(runtime), torch.Generator().manual_seed(0)
+    prompt([cache, plain], generator, 120)
+    cache.pin(1)
+    for position in range(120, 200):
+        check_same(*step([cache, plain], generator, position, 1))
+        assert bool(is_near(cache, 1).all())
+    assert not bool(is_near(cache, 0).all())
+    assert cache.pool.residency.leases() == 0
+    cache.unpin(1)
+    cache.pin(0)
+    for position in range(200, 240):
+        check_same(*step([cache, plain], generator, position, 1))
+    assert not bool(is_near(cache, 1).all())
+    assert bool(is_near(cache, 0).all())
+    cache.pool.check_integrity()
+
+
+def test_pages_before_a_position_are_pinned():
+    """Those of a prompt, say; what follows is not, and pages that take the ids of freed ones are not either."""
+    runtime = runtime_of(host(), pages=2)
+    cache, generator = near(runtime, 40), torch.Generator().manual_seed(0)
+    prompt([cache], generator, 160)
+    for layer_id in (0, 1):
+        cache.pin(layer_id, before=64)
+    for position in range(160, 200):
+        step([cache], generator, position, 1)
+    for layer_id in (0, 1):
+        assert bool(is_near(cache, layer_id)[..., :4].all())
+    assert not bool(is_near(cache, 1)[..., 4:].all())
+    cache.reset()
+    assert not cache.pool.residency.pinned_layers
+    prompt([cache], generator, 300)
+    assert not bool(is_near(cache, 0).all())
+    cache.pool.check_integrity()
+
+
+def test_more_than_fits_cannot_be_pinned():
+    """PoolFullError, and the pages can go far as before; pins without tiers are refused."""
+    runtime = runtime_of(host(), pages=2)
+    cache, generator = near(runtime, 26), torch.Generator().manual_seed(0)
+    prompt([cache], generator, 160)
+    for position in range(160, 260):
+        step([cache], generator, position, 1)
+    cache.pin(0, before=160)
+    with pytest.raises(pikv.PoolFullError, match="or pin less"):
+        cache.pin(1)
+    cache.unpin(0)
+    cache.pin(1, before=160)
+    with pytest.raises(pikv.InputError, match="before must be"):
+        cache.pin(0, before=0)
+    with pytest.raises(pikv.StateError, match="is empty"):
+        near(runtime).pin(0)
+    plain = all_near(runtime)
+    step([plain], generator, 0, 1)
+    for refused in (plain.pin, plain.unpin):
+        with pytest.raises(pikv.ConfigError, match="pins need tiers"):
+            refused(0)
+
+
 # --- with others
 
 
