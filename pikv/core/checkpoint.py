@@ -38,7 +38,7 @@ def commit(
     streamer, tickets = streamer_of(runtime), list[Ticket]()
     try:
         # Not copied: the pages are held by the layers, and nothing is being written when this returns.
-        tickets.extend(_appended(streamer, pool, layers.values(), lambda pages: pages))
+        tickets.extend(_appended(streamer, pool, _held(layers.values()), lambda pages: pages))
         manifest = _manifest(model, runtime, pool, layers, prefilling)
         more = {BESIDE + name: tensor for name, tensor in beside.items()}
         return streamer.commit(attrs.evolve(manifest, states={**manifest.states, **more}))
@@ -72,9 +72,13 @@ def beside(manifest: Manifest) -> dict[str, Tensor]:
 
 
 def stream(runtime: RuntimeConfig, pool: PagePool, layers: Mapping[int, LayerCache]) -> None:
-    """See PiKVCache.stream."""
+    """See PiKVCache.stream.
+
+    Only pages without a name: what a streamer has lost since is for `commit`, whose search grows with the context.
+    """
     with pool.locked():
-        list(_appended(streamer_of(runtime), pool, layers.values(), Tensor.clone))
+        nameless = {form: ids[pool.names(ids) < 0] for form, ids in _held(layers.values()).items()}
+        list(_appended(streamer_of(runtime), pool, nameless, Tensor.clone))
 
 
 def streamer_of(runtime: RuntimeConfig) -> Streamer:
@@ -84,21 +88,25 @@ def streamer_of(runtime: RuntimeConfig) -> Streamer:
     return runtime.streamer
 
 
+def _held(layers: Iterable[LayerCache]) -> dict[PageForm, Tensor]:
+    """The pages of each form, one entry for each time that a table has a page: int32 [n]."""
+    held: dict[PageForm, list[Tensor]] = {}
+    for layer in layers:
+        held.setdefault(layer.codec.form, []).append(layer.table.held())
+    return {form: torch.cat(parts) for form, parts in held.items()}
+
+
 def _appended(
-    streamer: Streamer,
-    pool: PagePool,
-    layers: Iterable[LayerCache],
-    made_last: Callable[[Tensor], Tensor],
+    streamer: Streamer, pool: PagePool, held: Mapping[PageForm, Tensor], made_last: Callable[[Tensor], Tensor]
 ) -> Iterator[Ticket]:
     """Append new pages, in the order of their slab rows: pages that were sealed together stay together.
 
     made_last: of records, until they are written: what lies in a slab lasts as long as its pages are held.
     """
-    held: dict[PageForm, list[Tensor]] = {}
-    for layer in layers:
-        held.setdefault(layer.codec.form, []).append(layer.table.held())
-    for form, parts in held.items():
-        ids = torch.cat(parts).unique()
+    for form, ids in held.items():
+        if not len(ids):
+            continue
+        ids = ids.unique()
         ids = ids[pool.rows(ids).argsort()]
         pool.name_new(ids)
         names = pool.names(ids)
