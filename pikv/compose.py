@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from pikv.adapters.compressors import Int2, Int4, Int8, LowRank, Rotated, UnrotatedLowRank, load_axes
+from pikv.adapters.compressors import Fp8, Int2, Int4, Int8, LowRank, Rotated, UnrotatedLowRank, load_axes
 from pikv.core.cache import PiKVCache
 from pikv.core.config import ModelConfig
 from pikv.core.errors import ConfigError, UnknownNameError
@@ -82,13 +82,13 @@ def _rotated(inner: Compressor) -> Callable[[], Compressor]:
 
 def _low_rank(part: type[LowRank] | type[UnrotatedLowRank]) -> Callable[..., Compressor | tuple[Compressor, ...]]:
     def made(
-        *, rank: int, inner: Compressor | None = None, axes: str | None = None
+        *, rank: int, inner: Compressor | None = None, outliers: int = 0, axes: str | None = None
     ) -> Compressor | tuple[Compressor, ...]:
         """axes: a file made by `save_axes`, which has one for each layer."""
         rounding = Exact() if inner is None else inner
         if axes is None:
-            return part(rank=rank, inner=rounding)
-        return tuple(part(rank=rank, inner=rounding, axes=each) for each in load_axes(axes))
+            return part(rank=rank, inner=rounding, outliers=outliers)
+        return tuple(part(rank=rank, inner=rounding, outliers=outliers, axes=each) for each in load_axes(axes))
 
     return made
 
@@ -103,6 +103,7 @@ PARTS: dict[str, dict[str, Callable[..., Any]]] = {
     },
     "compressor": {
         "exact": Exact,
+        "fp8": Fp8,
         "int2": Int2,
         "int2_rotated": _rotated(Int2()),
         "int4": Int4,

@@ -100,7 +100,18 @@ class KeyPrefix:
         return keys[..., : self.dim]
 
 
-Encoding = Dense | Affine | Opaque | KeyPrefix
+@attrs.frozen
+class WithOutliers:
+    """Keys in an encoding of their first channels, but for `tokens` of each page, which are stored whole beside them.
+
+    Their compressor puts them together; every backend but torch's leaves them alone.
+    """
+
+    encoding: Encoding
+    tokens: int
+
+
+Encoding = Dense | Affine | Opaque | KeyPrefix | WithOutliers
 Arrays = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 """The type and shape of each array of a page, by its name."""
 
@@ -143,16 +154,20 @@ class PageForm:
         arrays: Arrays,
     ) -> PageForm:
         """Lay `arrays` out one after another in the order given, each at an aligned offset."""
-        fields, offset = [], 0
+        return cls(page_size=page_size, keys=keys, values=values, fields=()).followed_by(arrays, keys=keys)
+
+    def followed_by(self, arrays: Arrays, *, keys: Encoding) -> PageForm:
+        """The same with more arrays after its fields, and with keys that are encoded in all of them."""
+        fields, offset = list(self.fields), self.stride
         for name, (dtype, shape) in arrays.items():
             fields.append(Field(name, dtype, shape, offset))
             offset += _aligned(fields[-1].nbytes)
-        return cls(page_size=page_size, keys=keys, values=values, fields=tuple(fields))
+        return attrs.evolve(self, keys=keys, fields=tuple(fields))
 
     @property
     def stride(self) -> int:
         """The bytes from one page to the next."""
-        return _aligned(self.fields[-1].offset + self.fields[-1].nbytes)
+        return _aligned(self.fields[-1].offset + self.fields[-1].nbytes) if self.fields else 0
 
     def field(self, name: str) -> Field:
         """The field with this name."""

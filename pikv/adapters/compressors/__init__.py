@@ -2,6 +2,8 @@
 
 from pikv.adapters.compressors.affine import Int2, Int4, Int8
 from pikv.adapters.compressors.axes import Axes, load_axes, save_axes
+from pikv.adapters.compressors.fp8 import Fp8
+from pikv.adapters.compressors.leading import Leading
 from pikv.adapters.compressors.low_rank import LowRank, UnrotatedLowRank
 from pikv.adapters.compressors.rotated import Rotated
 from pikv.core.exact import Exact
@@ -9,9 +11,11 @@ from pikv.core.exact import Exact
 __all__ = [
     "Axes",
     "Exact",
+    "Fp8",
     "Int2",
     "Int4",
     "Int8",
+    "Leading",
     "LowRank",
     "Rotated",
     "UnrotatedLowRank",

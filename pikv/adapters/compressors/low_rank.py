@@ -10,6 +10,7 @@ import attrs
 from torch import Tensor
 
 from pikv.adapters.compressors.axes import Axes, longest_first
+from pikv.adapters.compressors.leading import Leading
 from pikv.adapters.compressors.rotated import check_plain
 from pikv.core.basis import Basis
 from pikv.core.errors import ConfigError
@@ -22,6 +23,11 @@ if TYPE_CHECKING:
     from pikv.core.config import LayerConfig
 
 
+def _not_negative(instance: object, attribute: attrs.Attribute[int], value: int) -> None:
+    if not isinstance(value, int) or value < 0:
+        raise ConfigError(f"{attribute.name} must be a whole number of tokens of a page, 0 or more, got {value!r}")
+
+
 @attrs.frozen(kw_only=True)
 class FewAxes(BasisCompressor):
     """What low rank before and after rotary embedding have in common.
@@ -29,11 +35,23 @@ class FewAxes(BasisCompressor):
     Store `rank` coordinates of each key, which `inner` may round, and values as `inner` stores them. The axes are the
     leading right singular vectors of the keys that a sequence holds when it seals its first page: what later keys have
     beside these is lost. With `axes`, see `calibrated`, they are the same for all sequences, and held once.
+
+    outliers: so many tokens of each page, those that lose the most, keep their keys whole (see Leading), in the model's
+    dtype. All axes are held then, not `rank` of them.
     """
 
     rank: int = attrs.field(validator=positive)
-    inner: Compressor = attrs.field(factory=Exact, validator=check_plain)
+    rounding: Compressor = attrs.field(factory=Exact, validator=check_plain, alias="inner")
+    outliers: int = attrs.field(default=0, validator=_not_negative)
     axes: Axes | None = attrs.field(default=None, validator=is_a(Axes))
+
+    @property
+    @final
+    def inner(self) -> Compressor:
+        """Writes the coordinates: `rounding`, with the outliers beside it if there are any."""
+        if not self.outliers:
+            return self.rounding
+        return Leading(rank=self.rank, outliers=self.outliers, inner=self.rounding)
 
     @staticmethod
     @abc.abstractmethod
@@ -41,18 +59,20 @@ class FewAxes(BasisCompressor):
         """The keys that axes are of."""
 
     @classmethod
-    def calibrated(cls, views: Iterable[TokenView], *, rank: int, inner: Compressor | None = None) -> tuple[Self, ...]:
+    def calibrated(
+        cls, views: Iterable[TokenView], *, rank: int, inner: Compressor | None = None, outliers: int = 0
+    ) -> tuple[Self, ...]:
         """One for each layer, with the axes of the keys of a calibration text.
 
         views: of each layer of a cache that has read the text, `PiKVCache.view`, of exact pages.
         """
         rounding = Exact() if inner is None else inner
         made = (Axes.of(cls.keys_of(view), view.positions) for view in views)
-        return tuple(cls(rank=rank, inner=rounding, axes=axes) for axes in made)
+        return tuple(cls(rank=rank, inner=rounding, outliers=outliers, axes=axes) for axes in made)
 
     @final
     def stored(self, layer: LayerConfig) -> LayerConfig:
-        """The layer with keys of `rank` channels.
+        """The layer with keys of `rank` channels, or of all where outliers have them.
 
         Raises ConfigError for fewer, where keys hold the values, and for axes of another layer.
         """
@@ -67,14 +87,15 @@ class FewAxes(BasisCompressor):
                 f"axes of {name} must be [kv_heads, key_dim, key_dim] = {list(wanted)}, got "
                 f"{list(self.axes.columns.shape)}; calibrate it with this model"
             )
-        return attrs.evolve(layer, key_dim=self.rank)
+        return layer if self.outliers else attrs.evolve(layer, key_dim=self.rank)
 
     @final
     def fit(self, layer: LayerConfig, keys: Tensor, values: Tensor, held: Tensor) -> Basis:
         """Float32 [sequences, kv_heads, key_dim, rank] of each row, or [kv_heads, key_dim, rank] of the calibration."""
+        rank = self.stored(layer).key_dim
         if self.axes is not None:
-            return Basis(self.axes.leading(self.rank, keys.device))
-        return Basis(longest_first(keys, held)[..., : self.rank].contiguous())
+            return Basis(self.axes.leading(rank, keys.device))
+        return Basis(longest_first(keys, held)[..., :rank].contiguous())
 
 
 @final
