@@ -38,7 +38,8 @@ class Basis:
 
     def write(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Coordinates of keys [..., tokens, key_dim] and values, in float32 at least."""
-        return _times(keys, self.keys), values if self.values is None else _times(values, self.values)
+        written = values.to(accumulator(values.dtype)) if self.values is None else _times(values, self.values)
+        return _times(keys, self.keys), written
 
     def read(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Keys [..., tokens, key_dim] and values, in float32 at least, of their coordinates."""

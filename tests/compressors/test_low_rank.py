@@ -194,6 +194,19 @@ def test_axes_of_a_calibration_serve_all_sequences(part):
     assert held.pages == 2 * 2 * 9 * 16 * 4 * (8 + 32 + 1)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_pages_of_every_dtype_are_sealed(dtype):
+    """By the installed backends: keys are coordinates in float32 by then, and values are as the model has them."""
+    model = pikv.ModelConfig(layers=1, query_heads=4, kv_heads=2, head_dim=32, dtype=dtype)
+    cache = pikv.compose(model, compressor=LowRank(rank=32, inner=Int8()), page_size=16, tail_tokens=16)
+    k, v = torch.randn(2, 1, 2, 160, 32, generator=torch.Generator().manual_seed(0)).to(dtype)
+    cache.update(0, 0, k, v)
+    cache.finish_prefill()
+    context = cache.retrieve(0)
+    torch.testing.assert_close(context.keys, k, atol=0.1, rtol=0)
+    torch.testing.assert_close(context.values, v, atol=0.05, rtol=0)
+
+
 def test_axes_leave_out_what_is_no_token():
     """Past a row's end there may be anything."""
     keys = torch.randn(2, 2, 9, 4, generator=torch.Generator().manual_seed(0))
