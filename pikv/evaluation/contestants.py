@@ -11,8 +11,9 @@ import attrs
 from torch import Tensor
 from transformers import Cache, DynamicCache, QuantizedCache
 
-from pikv.adapters.transformers import HostCache, attach
+from pikv.adapters.transformers import Host, HostCache, attach
 from pikv.core.errors import ConfigError
+from pikv.core.ports import SecondPassSelector
 from pikv.core.runtime import RuntimeConfig
 
 
@@ -84,16 +85,19 @@ class Composed(Contestant):
     def in_place(self, model: Any) -> Iterator[Kept]:
         """See Contestant. Raises ConfigError for parts that do not go together, or not with this model."""
         with attach(model, self.runtime) as host:
-            yield _KeptByPiKV(host.new_cache)
+            yield _KeptByPiKV(host)
 
 
 @final
 @attrs.frozen
 class _KeptByPiKV(Kept):
-    new_cache: Any
+    host: Host
 
     def read(self, model: Any, ids: Tensor, chunk: int) -> Cache:
-        cache = by_chunks(model, self.new_cache(), ids, chunk)
+        """A token selector that judges by a second pass goes over the text again before it is cut."""
+        cache = by_chunks(model, self.host.new_cache(), ids, chunk)
+        if isinstance(self.host.runtime.remembers, SecondPassSelector):
+            self.host.rehearse(cache, ids, chunk_tokens=chunk)
         cache.pikv.finish_prefill()
         return cache
 

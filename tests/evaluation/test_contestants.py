@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import pikv
-from pikv.evaluation.contestants import Contestant, Full, Press, Quantized
+from pikv.evaluation.contestants import Composed, Contestant, Full, Press, Quantized
 
 MODEL = Path(__file__).parents[2] / "downstream_tasks" / "models" / "tiny_moe"
 TOKENS, BATCH = 300, 2
@@ -31,6 +31,18 @@ def held(model, contestant: Contestant) -> int:
 def test_of_everything(model):
     """Keys and values of all tokens, in the model's dtype."""
     assert held(model, Full()) == FULL_BYTES
+
+
+def test_a_second_pass_comes_before_the_cut(model):
+    """KVzip keeps to its budget, and its caches go on: what it was shown again is not in them."""
+    parts = {"name": "kvzip", "recent": 8}
+    kvzip = Composed(
+        name="kvzip", runtime={"token_selector": parts, "budget_tokens": 96, "page_size": 16, "tail_tokens": 16}
+    )
+    with kvzip.in_place(model) as kept, torch.no_grad():
+        cache = kept.read(model, torch.randint(4, 100, (BATCH, TOKENS)), chunk=100)
+    assert cache.get_seq_length() == TOKENS
+    assert int(cache.pikv.retrieve(0).mask.sum(-1).max()) == 96
 
 
 @pytest.mark.peers
