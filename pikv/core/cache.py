@@ -53,13 +53,13 @@ class PiKVCache:
         if self.pool.device != model.device:
             raise ConfigError(f"pool must be on {model.device} like the model, got one on {self.pool.device}")
         self.runtime.check_serves(model)
-        self._query_window = self.runtime.query_window
+        self._query_windows = [self.runtime.query_window_of(layer_id) for layer_id in range(len(model.layers))]
         self._places = Places.of(model, self.runtime)
         self._served = serve(self._places.stored_model(), self.runtime)
         for served in self._served:
             self.pool.check_serves(served.codec, self.runtime.page_selector)
-        self._settler = Settler.of(self._places, self.runtime, self.pool, self._served)
         self._layers: dict[int, LayerCache] = {}
+        self._settler = Settler.of(self._places, self.runtime, self.pool, self._served, self._layers)
         self._arrivals = Arrivals(self._places)
         self._rehearsal = Rehearsal(selector=self.runtime.remembers, layers=self._layers)
         self._reads = ReadCounter(self.runtime.page_selector)
@@ -157,7 +157,8 @@ class PiKVCache:
     def _answer(self, layer: LayerCache, q: Tensor) -> Tensor:
         served = self._served[layer.layer_id]
         output = reading.answer(layer, served, q, self._places, self._reads, self._prefetcher)
-        showing.ask(layer, q, self._query_window, self._rehearsal.remembers(prefilling=self._prefilling))
+        window, remembers = self._query_windows[layer.layer_id], self._rehearsal.remembers(prefilling=self._prefilling)
+        showing.ask(layer, q, window, remembers)
         return output
 
     @keeps_numbers

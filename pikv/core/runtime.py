@@ -27,6 +27,7 @@ from pikv.core.ports import (
     ScoreAllocator,
     SecondPassSelector,
     Sharding,
+    SharingTokenSelector,
     Streamer,
     TokenSelector,
     Transport,
@@ -136,8 +137,17 @@ class RuntimeConfig:
     @property
     def query_window(self) -> int | None:
         """How many of the newest queries are kept for those who score tokens; None if no one looks at them."""
-        parts = (self.token_selector, self.split_by)
-        return max((part.window for part in parts if isinstance(part, QueryTokenSelector)), default=None)
+        return _widest(self.token_selector, self.split_by)
+
+    def query_window_of(self, layer_id: int) -> int | None:
+        """The same in one layer: where it follows another, its token selector does not look."""
+        follows = self.leader_of(layer_id) != layer_id
+        return _widest(None if follows else self.token_selector, self.split_by)
+
+    def leader_of(self, layer_id: int) -> int:
+        """The layer whose tokens a layer keeps: itself unless the token selector says otherwise."""
+        selector = self.token_selector
+        return selector.leader(layer_id) if isinstance(selector, SharingTokenSelector) else layer_id
 
     @property
     def remembers(self) -> AttendedTokenSelector | None:
@@ -154,6 +164,7 @@ class RuntimeConfig:
                 "again: its beginning has left; compose another token selector"
             )
         self._check_bounds(model)
+        self._check_leaders(model)
         for layer_id, layer in enumerate(model.layers):
             parts = (self.token_selector, self.split_by, self.compressor_of(model, layer_id))
             needy = next((part for part in parts if isinstance(part, NeedsRotary)), None)
@@ -162,6 +173,21 @@ class RuntimeConfig:
                     f"layer {layer_id} has no rotary (it is not known, or depends on the length of the text), which "
                     f"{type(needy).__name__} needs to un-rotate keys; give LayerConfig a rotary, or compose another "
                     "part"
+                )
+
+    def _check_leaders(self, model: ModelConfig) -> None:
+        """Raise ConfigError if a layer follows one that does not come before it, or has other rows."""
+        for layer_id, layer in enumerate(model.layers):
+            leader, name = self.leader_of(layer_id), type(self.token_selector).__name__
+            if not 0 <= leader <= layer_id or self.leader_of(leader) != leader:
+                raise ConfigError(
+                    f"{name}: layer {layer_id} must follow itself or an earlier layer that follows no other, got layer "
+                    f"{leader}; mend its leader()"
+                )
+            if model.layers[leader].kv_heads != layer.kv_heads:
+                raise ConfigError(
+                    f"{name}: layer {layer_id} has {layer.kv_heads} KV heads and cannot keep the tokens of layer "
+                    f"{leader}, which has {model.layers[leader].kv_heads}; let each layer choose for itself"
                 )
 
     def _check_bounds(self, model: ModelConfig) -> None:
@@ -201,3 +227,8 @@ class RuntimeConfig:
     def forms(self, model: ModelConfig) -> list[PageForm]:
         """The layouts of all layers' pages; see `form`."""
         return [self.form(model, layer_id) for layer_id in range(len(model.layers))]
+
+
+def _widest(*parts: TokenSelector | None) -> int | None:
+    """The widest window of queries that any of the parts looks at; None if none does."""
+    return max((part.window for part in parts if isinstance(part, QueryTokenSelector)), default=None)

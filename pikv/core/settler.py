@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import attrs
 
 from pikv.core import settling
 from pikv.core.budget import Budget, Share
 from pikv.core.config import ModelConfig
+from pikv.core.errors import StateError
 from pikv.core.exact import Refuse
 from pikv.core.layer import LayerCache
 from pikv.core.places import Places
@@ -31,11 +32,20 @@ class Settler:
     pool: PagePool
     served: list[Served]
     budget: Budget | None
+    layers: Mapping[int, LayerCache]
 
     @classmethod
-    def of(cls, places: Places, runtime: RuntimeConfig, pool: PagePool, served: list[Served]) -> Settler:
-        """With this place's share of the runtime's budget, if it has one."""
-        return cls(model=places.model, runtime=runtime, pool=pool, served=served, budget=Budget.of(places, runtime))
+    def of(
+        cls,
+        places: Places,
+        runtime: RuntimeConfig,
+        pool: PagePool,
+        served: list[Served],
+        layers: Mapping[int, LayerCache],
+    ) -> Settler:
+        """With this place's share of the runtime's budget, if it has one. layers: all that the cache has."""
+        budget = Budget.of(places, runtime)
+        return cls(model=places.model, runtime=runtime, pool=pool, served=served, budget=budget, layers=layers)
 
     @property
     def evicts(self) -> bool:
@@ -45,17 +55,30 @@ class Settler:
 
     def decide(self, layers: Iterable[LayerCache], *, prefilling: bool) -> list[settling.Decision]:
         """What is to be done in these layers; changes nothing."""
-        decided = (
-            settling.decide(
+        decided: dict[int, settling.Decision] = {}
+        for layer in layers:
+            decision = settling.decide(
                 layer,
                 selector=self.runtime.token_selector,
                 share=self._share(layer, prefilling),
                 split_by=self.runtime.split_by,
+                leading=self._leading(layer.layer_id, decided),
                 tail_tokens=None if self._holds(prefilling) else self.runtime.tail_tokens,
             )
-            for layer in layers
-        )
-        return [decision for decision in decided if decision is not None]
+            if decision is not None:
+                decided[layer.layer_id] = decision
+        return list(decided.values())
+
+    def _leading(
+        self, layer_id: int, decided: Mapping[int, settling.Decision]
+    ) -> settling.Decision | LayerCache | None:
+        """What will be done to the layer that this one follows, or the layer as it is; None if it follows none."""
+        leader = self.runtime.leader_of(layer_id)
+        if leader == layer_id:
+            return None
+        if leader not in self.layers:
+            raise StateError(f"layer {layer_id} keeps what layer {leader} keeps, which is empty; update that one first")
+        return decided.get(leader, self.layers[leader])
 
     def _share(self, layer: LayerCache, prefilling: bool) -> Share | None:
         """What the layer's rows may keep; None if everything, for want of a budget or of a second pass."""

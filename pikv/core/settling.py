@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pikv.core import sealing, showing
+from pikv.core.attended import Attended
 from pikv.core.budget import Share
 from pikv.core.errors import PoolFullError, StateError
 from pikv.core.eviction import Candidates, choose
@@ -55,13 +56,14 @@ def decide(
     share: Share | None,
     tail_tokens: int | None,
     split_by: TokenSelector | None = None,
+    leading: Decision | LayerCache | None = None,
 ) -> Decision | None:
     """Slide the layer's window, evict to its share of the budget, seal all but tail_tokens.
 
     share: None evicts nothing. tail_tokens: None seals nothing. split_by: whose scores split the share among the heads,
-    where they do and it is not the selector's. Changes nothing. Returns None if there is
-    nothing to do, as at most decoded tokens; what it costs to find that out does not grow with the context. A window
-    slides a page at a time.
+    where they do and it is not the selector's. leading: the layer whose tokens this one keeps, or what will be done to
+    it, in the place of the selector's scores. Changes nothing. Returns None if there is nothing to do, as at most
+    decoded tokens; what it costs to find that out does not grow with the context. A window slides a page at a time.
     """
     over = share is not None and share.exceeded(layer.occupied(), layer.split)
     seals = tail_tokens is not None and layer.tail.width >= tail_tokens + layer.page_size
@@ -78,7 +80,7 @@ def decide(
     )
     _slide(decision)
     if over and share is not None:
-        _evict(decision, selector, share, split_by)
+        _evict(decision, selector, share, split_by, leading)
     if tail_tokens is not None:
         decision.seals = ((decision.tail.sum(-1) - tail_tokens) // layer.page_size).clamp(min=0)
     return decision
@@ -146,11 +148,17 @@ def _slide(decision: Decision) -> None:
         decision.tail &= ~stale
 
 
-def _evict(decision: Decision, selector: TokenSelector, share: Share, split_by: TokenSelector | None) -> None:
+def _evict(
+    decision: Decision,
+    selector: TokenSelector,
+    share: Share,
+    split_by: TokenSelector | None,
+    leading: Decision | LayerCache | None,
+) -> None:
     """Leave out what scores lowest until each row is within its budget."""
     layer, positions = decision.layer, showing.slots(decision.layer)
     view, order = showing.view(layer)
-    scores = _scores(layer, view, selector)
+    scores = _scores(layer, view, selector) if leading is None else _kept_by(leading, view)
     stays = torch.cat([decision.pages.repeat_interleave(layer.page_size, dim=-1), decision.tail], dim=-1)
     present = (positions != EMPTY) & stays.to(positions.device)
     age = present.flip(-1).cumsum(-1).flip(-1)  # 1 for the newest present token, 2 for the one before
@@ -197,6 +205,18 @@ def _scores(layer: LayerCache, view: TokenView, selector: TokenSelector) -> Tens
             "stays, so mend its score()"
         )
     return scores
+
+
+def _kept_by(leading: Decision | LayerCache, view: TokenView) -> Tensor:
+    """1 for the tokens of a view that another layer keeps in the same row, 0 for the others."""
+    if isinstance(leading, Decision):
+        pages = leading.pages.repeat_interleave(leading.layer.page_size, dim=-1)
+        kept, positions = torch.cat([pages, leading.tail], dim=-1), showing.slots(leading.layer)
+        positions = positions.masked_fill(~kept.to(positions.device), EMPTY)
+    else:
+        positions = showing.slots(leading)
+    ordered = positions.masked_fill(positions == EMPTY, torch.iinfo(torch.int32).max).sort(dim=-1).values
+    return Attended.of(ordered, torch.ones_like(ordered)).at(view.positions)
 
 
 def _forget(layer: LayerCache) -> None:

@@ -127,6 +127,11 @@ class TestChunkKV(TokenSelectorConformance):
         got = scores(ChunkKV(chunk=2, window=1), keys, queries=torch.ones(1, 1, 1, 1))
         assert got == [0.125, 0.125, 0.375, 0.375]
 
+    def test_layers_take_turns_to_choose(self):
+        """Of two neighbours the first chooses: layers 0 and 1 keep the same tokens, and 2 and 3 do."""
+        assert [ChunkKV(layers_a_choice=2).leader(layer) for layer in range(5)] == [0, 0, 2, 2, 4]
+        assert [ChunkKV().leader(layer) for layer in range(3)] == [0, 1, 2]
+
     def test_heads_keep_the_same_chunks(self):
         """The score is a mean over the layer's heads."""
         keys = torch.tensor([[[0.0], [0.0]], [[0.0], [math.log(4)]]])[None]

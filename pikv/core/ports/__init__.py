@@ -29,6 +29,7 @@ from pikv.core.ports.selector import (
     PageSelector,
     QueryTokenSelector,
     SecondPassSelector,
+    SharingTokenSelector,
     TokenSelector,
 )
 from pikv.core.ports.sharding import ExpertSharding, HeadSharding, Sharding
@@ -76,6 +77,7 @@ __all__ = [
     "SealKernel",
     "SecondPassSelector",
     "Sharding",
+    "SharingTokenSelector",
     "StepKernel",
     "Streamer",
     "Ticket",

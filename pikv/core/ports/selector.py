@@ -71,6 +71,17 @@ class SecondPassSelector(AttendedTokenSelector):
     """
 
 
+class SharingTokenSelector(TokenSelector):
+    """A token selector of which some layers keep the tokens that another layer keeps, and score none themselves."""
+
+    @abc.abstractmethod
+    def leader(self, layer_id: int) -> int:
+        """The layer whose tokens this layer keeps: itself, or an earlier one that follows no other.
+
+        A follower with room for more keeps the newest of the others too; with room for less, the newest of these.
+        """
+
+
 class IndexMeaning(enum.Enum):
     """What an index holds and how it gives a score, where backends may know better than to ask the selector."""
 
