@@ -8,7 +8,7 @@ the questions begin, tail, tables and kept queries included.
 
     python benchmarks/front.py --csv docs/tables/front.csv --output docs/tables/front.md --figure docs/figures/front.svg
 
-A row that the CSV has is not measured again.
+A row that the CSV has is not measured again. Plans of the byte solver, made by benchmarks/solver.py, are rows too.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import argparse
 import csv
 import fnmatch
 import itertools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -260,13 +261,22 @@ def _typed(name: str, text: str) -> Any:
     return text if name == "composition" else int(text) if name in ("seed", "budget_tokens") else float(text)
 
 
+def planned(bench: Bench) -> list[tuple[str, float, dict[str, Any]]]:
+    """What the byte solver has composed, by name and share."""
+    if bench.arguments.plans is None:
+        return []
+    plans = json.loads(bench.arguments.plans.read_text())["plans"]
+    return [("keydiff, byte solver", float(share), names) for share, names in plans.items()]
+
+
 def wanted(bench: Bench, done: list[Row]) -> list[tuple[str, float, dict[str, Any]]]:
     """Names, shares and parts of what is still to be measured."""
     known = {(row.composition, row.share, row.seed) for row in done}
     whole = {f"everything, {name}": {**PAGES, "compressor": compressor} for name, compressor in COMPRESSORS.items()}
     asked = [(name, 1.0, names) for name, names in whole.items()]
-    for share, (name, names) in itertools.product(bench.arguments.shares, compositions(bench).items()):
-        if any(fnmatch.fnmatch(name, pattern) for pattern in bench.arguments.only):
+    composed = itertools.product(bench.arguments.shares, compositions(bench).items())
+    for name, share, names in [*((name, share, names) for share, (name, names) in composed), *planned(bench)]:
+        if share in bench.arguments.shares and any(fnmatch.fnmatch(name, each) for each in bench.arguments.only):
             asked.append((name, share, names))
     return [each for each in asked if (each[0], each[1], bench.arguments.seed) not in known]
 
@@ -284,6 +294,7 @@ def main() -> None:
     parser.add_argument("--chunk", type=int, default=512, help="tokens of the prompt at a time")
     parser.add_argument("--seed", type=int, default=2026)
     parser.add_argument("--shares", type=float, nargs="*", default=[0.1, 0.05])
+    parser.add_argument("--plans", type=Path, help="of the byte solver: a file made by benchmarks/solver.py")
     parser.add_argument("--only", nargs="*", default=["*"], metavar="PATTERN", help="compositions, as file names")
     arguments = parser.parse_args()
 
@@ -293,7 +304,8 @@ def main() -> None:
     missing = wanted(bench, rows)
     full = [bench.scores(PAGES, task)[0] for task in tqdm(tasks, desc="the full cache")] if missing else []
     for name, share, names in tqdm(missing, desc="compositions"):
-        budget = bench.budget_for(names, share) if share < 1 else None
+        solved = names.get("budget_tokens")
+        budget = solved or (bench.budget_for(names, share) if share < 1 else None)
         if share < 1 and budget is None:
             tqdm.write(f"{name}: its least budget takes more than {share} of the bytes")
             continue
