@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from obstore.store import MemoryStore
 
 import pikv
-from pikv.adapters.compressors import Int4, LowRank, Rotated
+from pikv.adapters.compressors import Axes, Int4, LowRank, Rotated, UnrotatedLowRank
 from pikv.adapters.zarr_store import ZarrStreamer
 from pikv.core import states
 from pikv.core.basis import Basis
@@ -26,19 +26,23 @@ from pikv.core.tail import Tail
 from pikv.policies import EvictOldest, HeavyHitters, Importance, Quest, Recent, SnapKV, Uniform
 from pikv.testing import strategies as some
 
+SHAPE = {"kv_heads": 2, "key_dim": 16, "value_dim": 8, "rotary": pikv.Rotary.of(dim=16)}
 MODEL = pikv.ModelConfig.of(
     [
-        pikv.LayerConfig(query_heads=4, kv_heads=2, key_dim=16, value_dim=8),
-        pikv.LayerConfig(query_heads=2, kv_heads=2, key_dim=16, value_dim=8, window=40),
-        pikv.LayerConfig(query_heads=4, kv_heads=2, key_dim=16, value_dim=8, sinks=(0.0, 1.0, 2.0, 3.0)),
+        pikv.LayerConfig(query_heads=4, **SHAPE),
+        pikv.LayerConfig(query_heads=2, window=40, **SHAPE),
+        pikv.LayerConfig(query_heads=4, sinks=(0.0, 1.0, 2.0, 3.0), **SHAPE),
     ]
 )
+AXES = Axes(torch.linalg.qr(torch.randn(2, 16, 16, generator=torch.Generator().manual_seed(9))).Q)
 PARTS = {
     "plain": {},
     "quest": {"page_selector": Quest(pages=2, dense_layers=0)},
     "int4": {"compressor": Int4()},
     "rotated": {"compressor": Rotated(Int4()), "page_selector": Quest(pages=2, dense_layers=0)},
     "low rank": {"compressor": LowRank(rank=4)},
+    "low rank before rotation": {"compressor": UnrotatedLowRank(rank=4, outliers=1)},
+    "calibrated": {"compressor": UnrotatedLowRank(rank=4, axes=AXES)},
     "h2o": {"token_selector": HeavyHitters(recent=8), "allocator": Uniform(), "budget_tokens": 64},
     "snapkv": {"token_selector": SnapKV(window=4), "allocator": Uniform(), "budget_tokens": 64},
     "importance": {
@@ -267,7 +271,9 @@ def test_another_composition_is_refused(name, change):
             pikv.PiKVCache.restore(model, runtime, may_differ=[name])
 
 
-@pytest.mark.parametrize("compressor", [Exact(), Rotated(Int4()), LowRank(rank=6)], ids=repr)
+@pytest.mark.parametrize(
+    "compressor", [Exact(), Rotated(Int4()), LowRank(rank=6), UnrotatedLowRank(rank=6, axes=AXES)], ids=repr
+)
 def test_another_page_selector_indexes_anew(compressor):
     """It chooses as if it had been there from the start, by keys as they are read back."""
     store, generator = MemoryStore(), torch.Generator().manual_seed(4)
