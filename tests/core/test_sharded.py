@@ -12,7 +12,18 @@ from torch import Tensor
 import pikv
 from pikv.core.ports import Sharding
 from pikv.core.ports.transport import Solo
-from pikv.policies import AdaKV, ExpertGroups, HeavyHitters, KvHeads, Pyramid, Recent, TokenRange, TopK, Uniform
+from pikv.policies import (
+    AdaKV,
+    ChunkKV,
+    ExpertGroups,
+    HeavyHitters,
+    KvHeads,
+    Pyramid,
+    Recent,
+    TokenRange,
+    TopK,
+    Uniform,
+)
 from pikv.testing import strategies as some
 from pikv.testing.plain import PlainCache, rounding
 from pikv.testing.transport import FakeTransport, run_ranks
@@ -279,6 +290,11 @@ def test_a_layer_without_room_is_settled_by_another_route():
             ROUTED,
             {"router": TopK(), "token_selector": HeavyHitters(), "allocator": Uniform(), "budget_tokens": 512},
             "HeavyHitters remembers",
+        ),
+        (
+            ROUTED,
+            {"router": TopK(), "token_selector": ChunkKV(layers_a_choice=2), "budget_tokens": 512},
+            "ChunkKV has layers keep what others keep",
         ),
     ],
 )
