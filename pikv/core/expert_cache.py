@@ -51,9 +51,9 @@ class ExpertKVCache:
         self._served = serve(model, runtime)
         for served in self._served:
             self.pool.check_serves(served.codec, runtime.page_selector)
-        self._settler = Settler.of(Places.of(model, runtime), runtime, self.pool, self._served)
-        self._reads = ReadCounter(runtime.page_selector)
         self._layers: dict[int, LayerCache] = {}
+        self._settler = Settler.of(Places.of(model, runtime), runtime, self.pool, self._served, self._layers)
+        self._reads = ReadCounter(runtime.page_selector)
         self._waiting: dict[int, tuple[Tensor, Tensor]] = {}
         self._prefilling = True
         weakref.finalize(self, layers.abandon, self._layers)
@@ -204,4 +204,9 @@ def _check(model: ModelConfig, runtime: RuntimeConfig, shards: int) -> None:
         raise ConfigError(
             f"{type(runtime.remembers).__name__} remembers what a token was attended before it had a shard; compose "
             "another token selector (Recent)"
+        )
+    if runtime.shares_layers(model):
+        raise ConfigError(
+            f"{type(runtime.token_selector).__name__} has layers keep what others keep, and a shard holds other tokens "
+            "of each layer; let each layer choose for itself"
         )

@@ -141,7 +141,7 @@ def _check_experts(model: ModelConfig, runtime: RuntimeConfig, sharding: ExpertS
             f"{type(runtime.remembers).__name__} remembers what a token was attended where it was stored, and with "
             f"{name} it moves after that; compose another token selector, or shard by TokenRange()"
         )
-    if any(runtime.leader_of(layer_id) != layer_id for layer_id in range(len(model.layers))):
+    if runtime.shares_layers(model):
         raise ConfigError(
             f"{type(runtime.token_selector).__name__} has layers keep what others keep, and with {name} a rank stores "
             "other tokens of each layer; let each layer choose for itself, or shard by TokenRange()"

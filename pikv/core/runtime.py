@@ -149,6 +149,10 @@ class RuntimeConfig:
         selector = self.token_selector
         return selector.leader(layer_id) if isinstance(selector, SharingTokenSelector) else layer_id
 
+    def shares_layers(self, model: ModelConfig) -> bool:
+        """Whether some layer keeps what another keeps."""
+        return any(self.leader_of(layer_id) != layer_id for layer_id in range(len(model.layers)))
+
     @property
     def remembers(self) -> AttendedTokenSelector | None:
         """Who folds attention into what it remembers of tokens, if anybody does."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import pikv
 from pikv.core.ports.transport import Solo
-from pikv.policies import ExpertGroups, HeavyHitters, KeyDiff, LatencyAware, Recent, TopK, Uniform
+from pikv.policies import ChunkKV, ExpertGroups, HeavyHitters, KeyDiff, LatencyAware, Recent, TopK, Uniform
 from pikv.testing import plain
 from pikv.testing import strategies as some
 from pikv.testing.plain import rounding
@@ -198,6 +198,11 @@ def test_a_layer_without_room_is_settled_later():
             {"token_selector": HeavyHitters(recent=8), "allocator": Uniform(), "budget_tokens": 512},
             2,
             "HeavyHitters rem",
+        ),
+        (
+            {"token_selector": ChunkKV(layers_a_choice=2), "allocator": Uniform(), "budget_tokens": 512},
+            2,
+            "ChunkKV has layers keep what others keep",
         ),
     ],
 )
