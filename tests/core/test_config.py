@@ -161,7 +161,7 @@ def test_names_compose_what_objects_compose():
         ({"compresor": "exact"}, ["key must be one of allocator,", "got 'compresor'", "did you mean 'compressor'?"]),
         ({"token_selector": "recnt"}, ["token_selector must be one of", "got 'recnt'", "did you mean 'recent'?"]),
         ({"compressor": "zzz"}, ["compressor must be one of", "exact", "got 'zzz'", "choose one of these"]),
-        ({"compressor": {"bits": 4}}, ['compressor needs a "name"', "one of exact, int2"]),
+        ({"compressor": {"bits": 4}}, ['compressor needs a "name"', "one of exact, fp8, int2"]),
         ({"compressor": 4}, ["compressor must be one of", "got 4"]),
     ],
 )
