@@ -68,11 +68,7 @@ class HostCache(Cache):
     def begin(self, batch: int, tokens: int, given: dict[str, Any]) -> Step:
         """Start a forward call over new tokens. given: to the model; attention_mask [batch, tokens seen and new]."""
         mask = given.get("attention_mask")
-        if self._broken:
-            raise StateError(
-                "a call before this one failed after some layers had evicted tokens for it, so the layers of this "
-                "cache no longer hold the same text; reset() it, or make a new one, and read the text again"
-            )
+        self._check_whole()
         held = self.pikv.sequences
         if held and batch != held:
             raise InputError(
@@ -149,8 +145,21 @@ class HostCache(Cache):
     # --- away and back
 
     def commit(self) -> Version:
-        """Make a version that Host.restore goes on from, with what has been read; see PiKVCache.commit."""
+        """Make a version that Host.restore goes on from, with what has been read; see PiKVCache.commit.
+
+        Raises StateError where a call that failed has left layers of different texts.
+        """
+        if self._step is not None:
+            self.take_back(self._step)  # as `adopt` does
+        self._check_whole()
         return self.pikv.commit(beside=self._seen.states())
+
+    def _check_whole(self) -> None:
+        if self._broken:
+            raise StateError(
+                "a call before this one failed after some layers had evicted tokens for it, so the layers of this "
+                "cache no longer hold the same text; reset() it, or make a new one, and read the text again"
+            )
 
     @property
     def token_ids(self) -> Tensor | None:

@@ -179,3 +179,18 @@ def test_embeddings_cannot_be_read_again(mixtral, pad, tmp_path):
         flip(tmp_path, cache.pikv, 0, 0, 0, 1)
         with pytest.raises(pikv.StateError, match="came as inputs_embeds"):
             host.recover()
+
+
+def test_a_call_that_was_interrupted_is_not_committed(mixtral, pad, store):
+    """What it had stored is taken back first, as at the next call."""
+    ids, _ = pad(40, [0])
+    with attach(mixtral, runtime_of(store)) as host, torch.no_grad():
+        cache = host.new_cache()
+        mixtral(input_ids=ids, past_key_values=cache)
+        step = cache.begin(1, 5, {"input_ids": ids[:, :5]})
+        cache.take(0, *torch.randn(2, 1, 2, 5, 16))
+        assert step.positions.shape == (1, 5)
+        cache.commit()
+        restored = host.restore()
+        assert torch.equal(restored.token_ids, ids)
+        assert {layer.last.item() for layer in restored.pikv._layers.values()} == {39}

@@ -205,6 +205,8 @@ def test_where_layers_evict_a_call_cannot_be_taken_back(family, names, models, p
         talk.logits(input_ids=ids)
     hook.remove()
     with pytest.raises(pikv.StateError, match="no longer hold the same text; reset"):
+        talk.cache.commit()
+    with pytest.raises(pikv.StateError, match="no longer hold the same text; reset"):
         talk.logits(input_ids=ids)
     talk.cache.reset()
     torch.testing.assert_close(talk.logits(input_ids=ids, attention_mask=mask), expected)
