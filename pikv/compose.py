@@ -27,6 +27,7 @@ from pikv.core.ports import (
     MemoryTier,
     PagePredictor,
     PageSelector,
+    PrefixStore,
     Router,
     ScoreAllocator,
     Sharding,
@@ -76,6 +77,12 @@ def _zarr(folder: str, *, keep_versions: int | None = None) -> Streamer:
     return ZarrStreamer(folder, keep_versions=keep_versions)
 
 
+def _stored_prefixes(folder: str) -> PrefixStore:
+    from pikv.adapters.zarr_store import StoredPrefixes  # here, so that `import pikv` does not import obstore
+
+    return StoredPrefixes(folder)
+
+
 def _rotated(inner: Compressor) -> Callable[[], Compressor]:
     return lambda: Rotated(inner)
 
@@ -113,6 +120,7 @@ PARTS: dict[str, dict[str, Callable[..., Any]]] = {
         "low_rank": _low_rank(LowRank),
         "low_rank_unrotated": _low_rank(UnrotatedLowRank),
     },
+    "prefix_store": {"stored": _stored_prefixes},
     "router": {
         "cache_aware": CacheAware,
         "capacity": Capacity,
@@ -204,6 +212,7 @@ def compose(
     demotion: Demotion | None = None,
     predictor: PagePredictor | None = None,
     overlap: Overlap | None = None,
+    prefix_store: PrefixStore | None = None,
     backends: Iterable[Backend] | None = None,
     pool: PagePool | None = None,
 ) -> PiKVCache:
@@ -234,6 +243,7 @@ def compose(
         demotion=LeastRecentlyRead() if demotion is None else demotion,
         predictor=predictor,
         overlap=overlap,
+        prefix_store=prefix_store,
         backends=installed_backends(model.device) if backends is None else tuple(backends),
     )
     if near_bytes is not None:
@@ -247,8 +257,9 @@ def runtime_from(names: Mapping[str, Any], model: ModelConfig, *, transport: Tra
     """Build a RuntimeConfig from names, as files and command lines have them.
 
     names: a part's name, or {"name": ..., setting: value}, for allocator, token_selector, page_selector, router,
-    compressor, streamer, shard_by and when_full; for compressor also a list of them, one for each layer; whole numbers
-    for budget_tokens, page_size and tail_tokens. None stands for left out. transport: as `compose` takes it.
+    compressor, streamer, prefix_store, shard_by and when_full; for compressor also a list of them, one for each layer;
+    whole numbers for budget_tokens, page_size and tail_tokens. None stands for left out. transport: as `compose` takes
+    it.
 
     Raises UnknownNameError for a key or a name that does not exist, ConfigError for settings that cannot work.
     """

@@ -48,6 +48,7 @@ def test_names_are_listed() -> None:
     listed = {key: set(re.findall(r"`(\w+)`", names)) for key, names in rows if key in PARTS}
     rotated = {f"{name}_rotated" for name in ("int8", "int4", "int2")}  # "and so on"
     assert listed.pop("compressor") | rotated == set(PARTS["compressor"])
-    assert listed.pop("streamer") - {"folder"} == set(PARTS["streamer"])
+    for key in ("streamer", "prefix_store"):
+        assert listed.pop(key) - {"folder"} == set(PARTS[key])
     assert listed == {key: set(names) for key, names in PARTS.items() if key in listed}
-    assert set(PARTS) - set(listed) == {"compressor", "streamer"}
+    assert set(PARTS) - set(listed) == {"compressor", "prefix_store", "streamer"}

@@ -19,6 +19,7 @@ from pikv.core.pool import PagePool
 from pikv.core.ports.backend import PageCodec
 from pikv.core.runtime import RuntimeConfig
 from pikv.core.serving import Served
+from pikv.core.stored_pages import StoredPages
 from pikv.core.tables import all_live, new_pages
 
 
@@ -49,27 +50,33 @@ def begin(
     """The lineage of these prompts, and the layers that hold what is known of them: none if nothing is."""
     root, loss = root_key(model, runtime, prompts.weights), reads_with_loss(runtime)
     known = [KnownTokens(root=root, page_size=runtime.page_size, tokens=tokens) for tokens in prompts.tokens]
+    stored = _stored(runtime, pool, served, prompts.weights)
     held: dict[int, LayerCache] = {}
+    for each in known:
+        each.updates = _updates(len(each.tokens), prompts.chunk_tokens, runtime) if loss else set()
+        each.keys_of(max(0, len(each.tokens) - runtime.tail_tokens) // runtime.page_size)
+        each.updates = set()  # the keys say them already
+        if stored is not None:
+            stored.fetch(each.keys)
     with pool.locked():
         for each in known:
-            updates = _updates(len(each.tokens), prompts.chunk_tokens, runtime) if loss else set()
-            _look_up(each, updates, pool, runtime, len(served))
+            del each.keys[pool.prefixes.known(each.keys, len(served)) :]
+            each.shown = dict.fromkeys(range(len(served)), len(each.keys))
         if any(each.keys for each in known):
             makers = {i: functools.partial(_adopted, i, of.codec, pool, known) for i, of in enumerate(served)}
             layers.replace(held, makers)
-    return Lineage(index=pool.prefixes, notes_updates=loss, sequences=known), held
+    return Lineage(index=pool.prefixes, stored=stored, notes_updates=loss, sequences=known), held
 
 
-def _look_up(
-    known: KnownTokens, updates: set[tuple[int, int]], pool: PagePool, runtime: RuntimeConfig, layer_count: int
-) -> None:
-    """Give known tokens the keys of the pages that these updates would have sealed and the pool has in all layers."""
-    sealed = max(0, len(known.tokens) - runtime.tail_tokens) // runtime.page_size
-    known.updates = updates
-    count = pool.prefixes.known(known.keys_of(sealed), layer_count)
-    del known.keys[count:]
-    known.updates = set()  # the adopted keys say them already
-    known.shown = dict.fromkeys(range(layer_count), count)
+def _stored(runtime: RuntimeConfig, pool: PagePool, served: Sequence[Served], weights: str) -> StoredPages | None:
+    if runtime.prefix_store is None:
+        return None
+    if not weights:
+        raise InputError(
+            "weights must name the model's weights where a prefix_store is shared: other processes may have others of "
+            "the same config"
+        )
+    return StoredPages(store=runtime.prefix_store, pool=pool, codecs=[each.codec for each in served])
 
 
 def _updates(tokens: int, chunk_tokens: int | None, runtime: RuntimeConfig) -> set[tuple[int, int]]:

@@ -22,6 +22,7 @@ from pikv.core.layer import LayerCache
 from pikv.core.ports.compressor import BasisCompressor, Compressor
 from pikv.core.prefix_index import PrefixIndex
 from pikv.core.runtime import RuntimeConfig
+from pikv.core.stored_pages import StoredPages
 
 FORMAT = 1  # of keys: another one whenever what they are made of changes
 
@@ -110,9 +111,13 @@ class KnownTokens:
 
 @attrs.define(kw_only=True)
 class Lineage:
-    """The lineage of a cache's sequences. notes_updates: whether keys say how the prompt came."""
+    """The lineage of a cache's sequences. notes_updates: whether keys say how the prompt came.
+
+    stored: where other processes find what is sealed, and it is looked for; None without a store.
+    """
 
     index: PrefixIndex
+    stored: StoredPages | None
     notes_updates: bool
     sequences: list[KnownTokens]
 
@@ -129,7 +134,7 @@ class Lineage:
                     known.updates.add((start, pages))
 
     def show(self, layers: Iterable[LayerCache]) -> None:
-        """Show the index what these layers have sealed of known tokens."""
+        """Show the index, and the store, what these layers have sealed of known tokens."""
         for layer in layers:
             for sequence, known in enumerate(self.sequences):
                 self._show(layer, sequence, known)
@@ -143,9 +148,10 @@ class Lineage:
         if not bool((layer.table.newest[sequence, :, first:pages] == last_tokens).all()):
             known.crop(0)  # positions jumped, so the tokens are not those that were announced
             return
-        self.index.add(
-            known.keys_of(pages), layer.layer_id, layer.codec.form, layer.table.ids[sequence, :, first:pages].T
-        )
+        keys, ids = known.keys_of(pages), layer.table.ids[sequence, :, first:pages].T
+        self.index.add(keys, layer.layer_id, layer.codec.form, ids)
+        if self.stored is not None:
+            self.stored.write(keys[first:], layer.layer_id, ids)
         known.shown[layer.layer_id] = pages
 
     def select(self, index: Tensor) -> Lineage:

@@ -22,6 +22,7 @@ from pikv.core.ports import (
     NeedsRotary,
     PagePredictor,
     PageSelector,
+    PrefixStore,
     QueryTokenSelector,
     Router,
     ScoreAllocator,
@@ -50,7 +51,8 @@ class RuntimeConfig:
     several ranks decode together. streamer: where `commit` puts versions. tiers: where pages go that do not fit near,
     the fastest first, with room for every page that the pool takes; demotion says which go, predictor which the next
     layer will choose, so that they are fetched ahead; overlap during whose collectives that begins, by default at once.
-    Streamer, tiers and transport stay their maker's to close.
+    prefix_store: where pages of prompts are kept for those of other processes that begin alike. Streamer, tiers,
+    transport and prefix_store stay their maker's to close.
     """
 
     compressor: Compressor | tuple[Compressor, ...] = attrs.field(
@@ -72,6 +74,7 @@ class RuntimeConfig:
     demotion: Demotion = attrs.field(factory=LeastRecentlyRead, validator=is_a(Demotion))
     predictor: PagePredictor | None = attrs.field(default=None, validator=is_a(PagePredictor))
     overlap: Overlap | None = attrs.field(default=None, validator=is_a(Overlap))
+    prefix_store: PrefixStore | None = attrs.field(default=None, validator=is_a(PrefixStore))
 
     def __attrs_post_init__(self) -> None:
         if self.page_size not in PAGE_SIZES:

@@ -6,7 +6,7 @@ import boto3
 import pytest
 import torch
 from moto.server import ThreadedMotoServer
-from object_store import ObjectStoreConformance
+from object_store import ObjectStoreConformance, ObjectStorePrefixes
 from obstore.store import S3Store
 
 import pikv
@@ -58,6 +58,16 @@ class TestS3(ObjectStoreConformance):
     @pytest.mark.slow  # thousands
     def test_no_damage_goes_unnoticed(self):
         super().test_no_damage_goes_unnoticed()
+
+
+class TestS3Prefixes(ObjectStorePrefixes):
+    @pytest.fixture(autouse=True)
+    def bucket(self, server, request):
+        self.store = bucket(server, f"test-{abs(hash(request.node.name))}")
+
+    @pytest.mark.slow  # hundreds of requests
+    def test_it_equals_a_set_of_pages(self):
+        super().test_it_equals_a_set_of_pages()
 
 
 def test_a_cache_goes_on_from_a_bucket(server):

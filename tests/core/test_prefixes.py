@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from prompts import DOCUMENT, GENERATOR, MODEL, PAGE, RUNTIME, TAIL, VOCABULARY, check_alike, check_empty, feed
 
 import pikv
 from pikv.adapters.compressors import Exact, Int8, LowRank, Rotated
@@ -15,37 +16,11 @@ from pikv.core.ports.compressor import Compressor
 from pikv.core.ports.transport import Solo
 from pikv.policies import EvictOldest, KeyCodes, Quest, Recent, SnapKV, TokenRange, Uniform
 
-PAGE, TAIL, VOCABULARY = 16, 20, 11
-MODEL = pikv.ModelConfig(layers=2, query_heads=4, kv_heads=2, head_dim=32)
-RUNTIME = pikv.RuntimeConfig(page_size=PAGE, tail_tokens=TAIL)
-GENERATOR = torch.Generator().manual_seed(0)
-STATES = torch.randn(3, 3, VOCABULARY, 4, 32, generator=GENERATOR)
-DOCUMENT = torch.randint(0, VOCABULARY, (1, 100), generator=GENERATOR)
-
 
 class Unsaid(Compressor):
     """Exact pages of a class whose settings nobody can compare."""
 
     form, encode, decode = (getattr(Exact(), name) for name in ("form", "encode", "decode"))
-
-
-def feed(cache, ids, start=0, stop=None):
-    """Update and attend with the tokens of ids [batch, tokens] from `start` on, one number or one a sequence.
-
-    What a token gives depends on itself and its position alone, so that its bytes do not depend on how it came. Returns
-    what attend answered in each layer: [layers, batch, heads, tokens, dim].
-    """
-    starts = torch.as_tensor(start).expand(len(ids))
-    width = (ids.shape[1] if stop is None else stop) - int(starts.min())
-    positions = torch.arange(width).expand(len(ids), -1) + int(starts.min())
-    answers = []
-    for layer_id in range(len(cache.model.layers)):
-        turned = (0.1 * positions[0, :, None, None]).cos()
-        k, v, q = (STATES[layer_id][:, ids[:, positions[0]]] * turned).transpose(2, 3)
-        stored = positions.masked_fill(positions < starts[:, None], -1)
-        cache.update(layer_id, stored, k[:, :2], v[:, :2])
-        answers.append(cache.attend(layer_id, q))
-    return torch.stack(answers)
 
 
 def fresh(like, runtime=None, **settings):
@@ -63,36 +38,6 @@ def with_document(runtime=RUNTIME, ids=DOCUMENT, *, chunks=(None,), **begin):
         feed(cache, ids, start, stop)
         start = stop
     return cache
-
-
-def page_bytes(cache):
-    """The bytes of all pages, layer by layer, in the order of the tables."""
-    layers = cache._layers.values()
-    return [cache.pool.bytes_of(layer.codec.form, layer.table.held()) for layer in layers]
-
-
-def check_alike(one, other):
-    """Both hold the same pages, bit for bit, and the same tails."""
-    for mine, theirs in zip(page_bytes(one), page_bytes(other), strict=True):
-        assert torch.equal(mine, theirs)
-    for layer_id in one._layers:
-        mine, theirs = one._layers[layer_id], other._layers[layer_id]
-        assert torch.equal(mine.table.counts, theirs.table.counts)
-        assert torch.equal(mine.tail.keys[:, :, : mine.tail.width], theirs.tail.keys[:, :, : theirs.tail.width])
-        for name in ("first", "last", "seen"):
-            assert torch.equal(getattr(mine, name), getattr(theirs, name))
-
-
-def check_empty(pool, *caches):
-    """Nothing is held when the caches are reset and the prefixes forgotten."""
-    pool.check_integrity()
-    for cache in caches:
-        cache.reset()
-    pool.check_integrity()
-    pool.prefixes.clear()
-    pool.check_integrity()
-    assert pool.used_bytes == 0
-    assert len(pool.prefixes) == 0
 
 
 @pytest.mark.property

@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import contextlib
 import os
+import secrets
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, final
@@ -33,6 +34,17 @@ class Objects(abc.ABC):
     @abc.abstractmethod
     def create(self, name: str, states: bytes) -> None:
         """Write an object, whole and durable when this returns; FileExistsError if the name is taken."""
+
+    @abc.abstractmethod
+    def claim(self, name: str, states: bytes) -> None:
+        """Write an object, whole as soon as it has its name; FileExistsError if that is taken.
+
+        It is not synced: after a power cut it may be damaged.
+        """
+
+    @abc.abstractmethod
+    def exists(self, name: str) -> bool:
+        """Whether there is an object of this name."""
 
     @abc.abstractmethod
     def read(self, name: str) -> bytes:
@@ -89,16 +101,29 @@ class Folder(Objects):
 
     def create(self, name: str, states: bytes) -> None:
         """Write and sync a partial file, then give it its name."""
-        partial = f"{name}.{os.getpid()}.partial"
-        with contextlib.suppress(FileNotFoundError):  # of a process that had this number, and was killed
-            (self._root / partial).unlink()
+        with self._partial(name, states) as partial:
+            _sync(partial)
+            os.link(partial, self._root / name)  # unlike a rename it replaces nothing
+        self._sync_folders([self._root / name])
+
+    def claim(self, name: str, states: bytes) -> None:
+        """Write a partial file, then give it its name."""
+        with self._partial(name, states) as partial:
+            os.link(partial, self._root / name)
+
+    @contextlib.contextmanager
+    def _partial(self, name: str, states: bytes) -> Iterator[Path]:
+        """A file that nobody else writes, gone when this ends; of a process that is killed it stays."""
+        partial = f"{name}.{secrets.token_hex(8)}.partial"
         self.write(partial, memoryview(states))
         try:
-            _sync(self._root / partial)
-            os.link(self._root / partial, self._root / name)  # unlike a rename it replaces nothing
+            yield self._root / partial
         finally:
             (self._root / partial).unlink()
-        self._sync_folders([self._root / name])
+
+    def exists(self, name: str) -> bool:
+        """Look for a file."""
+        return (self._root / name).exists()
 
     def read(self, name: str) -> bytes:
         """Read a file."""
@@ -164,6 +189,19 @@ class Bucket(Objects):
         """Put an object if there is none."""
         with _as_os_errors():
             obstore.put(self._store, name, states, mode="create")
+
+    def claim(self, name: str, states: bytes) -> None:
+        """Put an object if there is none."""
+        self.create(name, states)
+
+    def exists(self, name: str) -> bool:
+        """Ask for an object's head."""
+        with _as_os_errors():
+            try:
+                obstore.head(self._store, name)
+            except FileNotFoundError:
+                return False
+        return True
 
     def read(self, name: str) -> bytes:
         """Get an object."""

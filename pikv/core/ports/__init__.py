@@ -18,6 +18,7 @@ from pikv.core.ports.demotion import Demotion, PagePredictor, PageUse
 from pikv.core.ports.full_pool import FullPool
 from pikv.core.ports.memory_tier import AddressableTier, Done, MemoryTier, Ticket
 from pikv.core.ports.placement import Placement
+from pikv.core.ports.prefix_store import PrefixStore
 from pikv.core.ports.router import Observation, Router, RouterState, Routing
 from pikv.core.ports.selector import (
     AttendedTokenSelector,
@@ -69,6 +70,7 @@ __all__ = [
     "PageUse",
     "Pages",
     "Placement",
+    "PrefixStore",
     "QueryTokenSelector",
     "Router",
     "RouterState",
