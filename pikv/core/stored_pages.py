@@ -93,13 +93,13 @@ class StoredPages:
 
         Raises PoolFullError.
         """
-        codec, shape = self.codecs[layer_id], (len(pages), self.codecs[layer_id].layer.kv_heads)
+        codec, kv_heads = self.codecs[layer_id], self.codecs[layer_id].layer.kv_heads
         with self.pool.locked():
-            ids = self.pool.allocate(codec.form, shape[0] * shape[1])
+            ids = self.pool.allocate(codec.form, len(pages) * kv_heads)
             try:
                 if self.pool.residency is not None:
                     self.pool.residency.belong(ids, layer_id)
-                records.put(self.pool, codec, ids, pages.view(len(ids), -1), None)
-                self.pool.prefixes.add(keys, layer_id, codec.form, ids.view(shape))
+                records.put(self.pool, codec, ids, pages.view(len(ids), pages.shape[1] // kv_heads), None)
+                self.pool.prefixes.add(keys, layer_id, codec.form, ids.view(len(pages), kv_heads))
             finally:
                 self.pool.release(codec.form, ids)

@@ -177,6 +177,21 @@ def test_a_lost_or_damaged_page_is_a_miss(layer_id, damage, caplog):
         process.end()
 
 
+def test_what_memory_has_up_to_a_lost_page_is_adopted():
+    """Nothing of the store is needed then."""
+    objects = MemoryStore()
+    writer, reader = Process(objects), Process(objects)
+    reader.run(DOCUMENT[:, :68])
+    source = writer.run()
+    key = source._lineage.sequences[0].keys_of(4)[3].hex()
+    for name in names_in(objects):
+        if name.endswith(f"{key}.0"):
+            obstore.delete(objects, name)
+    assert reader.begin()[1].tolist() == [48]
+    for process in (writer, reader):
+        process.end()
+
+
 def test_a_store_that_fails_is_a_miss(caplog, monkeypatch):
     """Said by the log: the prompt is computed."""
     objects = MemoryStore()
