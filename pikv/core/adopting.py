@@ -1,4 +1,4 @@
-"""How a cache begins: it adopts the known pages of its prompts' longest known prefixes."""
+"""How a cache begins: it adopts the known pages of its prompts' longest known prefixes, or is promised them."""
 
 from __future__ import annotations
 
@@ -11,16 +11,15 @@ import torch
 from torch import Tensor
 
 from pikv.core import layers
+from pikv.core.arriving import Arriving
 from pikv.core.config import ModelConfig
 from pikv.core.errors import InputError
-from pikv.core.layer import NEVER, LayerCache
+from pikv.core.layer import LayerCache
 from pikv.core.lineage import KnownTokens, Lineage, reads_with_loss, root_key
 from pikv.core.pool import PagePool
-from pikv.core.ports.backend import PageCodec
 from pikv.core.runtime import RuntimeConfig
 from pikv.core.serving import Served
 from pikv.core.stored_pages import StoredPages
-from pikv.core.tables import all_live, new_pages
 
 
 @attrs.frozen(kw_only=True)
@@ -30,9 +29,10 @@ class Prompts:
     tokens: list[array[int]]
     chunk_tokens: int | None
     weights: str
+    wait_s: float | None
 
     @classmethod
-    def of(cls, token_ids: Tensor, *, chunk_tokens: int | None, weights: str) -> Prompts:
+    def of(cls, token_ids: Tensor, *, chunk_tokens: int | None, weights: str, wait_s: float | None) -> Prompts:
         """Checked: InputError."""
         if token_ids.dim() != 2 or not len(token_ids):
             raise InputError(f"token_ids must be [batch, tokens] of at least one sequence, got {list(token_ids.shape)}")
@@ -40,38 +40,65 @@ class Prompts:
             raise InputError(f"token_ids must be whole numbers, got {token_ids.dtype}; give what the tokenizer gave")
         if chunk_tokens is not None and chunk_tokens < 1:
             raise InputError(f"chunk_tokens must be a positive number of tokens or None, got {chunk_tokens}")
+        if wait_s is not None and not wait_s >= 0:
+            raise InputError(f"wait_s must be seconds from 0 on, or None to wait for nothing, got {wait_s}")
         tokens = [array("q", [token for token in row if token >= 0]) for row in token_ids.tolist()]
-        return cls(tokens=tokens, chunk_tokens=chunk_tokens, weights=weights)
+        return cls(tokens=tokens, chunk_tokens=chunk_tokens, weights=weights, wait_s=wait_s)
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class Begun:
+    """A cache's beginning. layers: that hold what is known: none if nothing is, and none while it is arriving."""
+
+    lineage: Lineage
+    layers: dict[int, LayerCache] = attrs.field(factory=dict)
+    arriving: Arriving | None = None
 
 
 def begin(
     model: ModelConfig, runtime: RuntimeConfig, pool: PagePool, served: Sequence[Served], prompts: Prompts
-) -> tuple[Lineage, dict[int, LayerCache]]:
-    """The lineage of these prompts, and the layers that hold what is known of them: none if nothing is."""
-    root, loss = root_key(model, runtime, prompts.weights), reads_with_loss(runtime)
-    known = [KnownTokens(root=root, page_size=runtime.page_size, tokens=tokens) for tokens in prompts.tokens]
-    stored = _stored(runtime, pool, served, prompts.weights)
+) -> Begun:
+    """Adopt what is known of these prompts now, or promise what another process is writing."""
+    loss, stored = reads_with_loss(runtime), _stored(runtime, pool, served, prompts)
+    known = _announced(model, runtime, prompts, loss=loss)
+    lineage = Lineage(index=pool.prefixes, stored=stored, notes_updates=loss, sequences=known)
+    if stored is not None and prompts.wait_s is not None:
+        for each in known:
+            each.shown = dict.fromkeys(range(len(served)), len(each.keys))
+        return Begun(lineage=lineage, arriving=Arriving(stored=stored, sequences=known, wait_s=prompts.wait_s))
+    if stored is not None:
+        for each in known:
+            stored.fetch(each.keys)
     held: dict[int, LayerCache] = {}
+    with pool.locked():
+        for each in known:
+            del each.keys[pool.prefixes.known(each.keys, range(len(served))) :]
+            each.shown = dict.fromkeys(range(len(served)), len(each.keys))
+        if any(each.keys for each in known):
+            makers = {i: functools.partial(layers.adopted, i, of.codec, pool, known) for i, of in enumerate(served)}
+            layers.replace(held, makers)
+    return Begun(lineage=lineage, layers=held)
+
+
+def _announced(model: ModelConfig, runtime: RuntimeConfig, prompts: Prompts, *, loss: bool) -> list[KnownTokens]:
+    """The tokens of the sequences, with the keys of all pages that they will have sealed by the prompts' end."""
+    root = root_key(model, runtime, prompts.weights)
+    known = [KnownTokens(root=root, page_size=runtime.page_size, tokens=tokens) for tokens in prompts.tokens]
     for each in known:
         each.updates = _updates(len(each.tokens), prompts.chunk_tokens, runtime) if loss else set()
         each.keys_of(max(0, len(each.tokens) - runtime.tail_tokens) // runtime.page_size)
         each.updates = set()  # the keys say them already
-        if stored is not None:
-            stored.fetch(each.keys)
-    with pool.locked():
-        for each in known:
-            del each.keys[pool.prefixes.known(each.keys, len(served)) :]
-            each.shown = dict.fromkeys(range(len(served)), len(each.keys))
-        if any(each.keys for each in known):
-            makers = {i: functools.partial(_adopted, i, of.codec, pool, known) for i, of in enumerate(served)}
-            layers.replace(held, makers)
-    return Lineage(index=pool.prefixes, stored=stored, notes_updates=loss, sequences=known), held
+    return known
 
 
-def _stored(runtime: RuntimeConfig, pool: PagePool, served: Sequence[Served], weights: str) -> StoredPages | None:
+def _stored(runtime: RuntimeConfig, pool: PagePool, served: Sequence[Served], prompts: Prompts) -> StoredPages | None:
     if runtime.prefix_store is None:
+        if prompts.wait_s is not None:
+            raise InputError(
+                "wait_s is for pages that another process writes to a prefix_store; compose one, or leave it out"
+            )
         return None
-    if not weights:
+    if not prompts.weights:
         raise InputError(
             "weights must name the model's weights where a prefix_store is shared: other processes may have others of "
             "the same config"
@@ -83,23 +110,3 @@ def _updates(tokens: int, chunk_tokens: int | None, runtime: RuntimeConfig) -> s
     """Where the updates of a prompt would begin, and what would be sealed by then, if nothing were adopted."""
     starts = range(0, tokens, chunk_tokens or max(1, tokens))
     return {(start, max(0, start - runtime.tail_tokens) // runtime.page_size) for start in starts}
-
-
-def _adopted(layer_id: int, codec: PageCodec, pool: PagePool, known: Sequence[KnownTokens]) -> LayerCache:
-    """A layer that holds the pages of the known keys, as if their tokens had come, and been settled."""
-    config, page_size = codec.layer, codec.form.page_size
-    nothing = torch.empty(len(known), config.kv_heads, 0, config.key_dim, dtype=codec.dtype, device=pool.device)
-    layer = LayerCache.empty(layer_id, codec, pool, nothing)
-    pages = torch.tensor([len(each.keys) for each in known])
-    counts = pages[:, None].repeat(1, config.kv_heads)
-    ids = torch.full((int(pages.max()), len(known), config.kv_heads), NEVER, dtype=torch.int32)
-    for sequence, each in enumerate(known):
-        if each.keys:
-            ids[: len(each.keys), sequence] = pool.prefixes.pages(each.keys, layer_id)
-    page, sequence_of, head = new_pages(counts)
-    held = ids[page, sequence_of, head]
-    layer.add_pages(held, (page + 1) * page_size - 1, counts, live=all_live(page_size))
-    layer.last, layer.seen = pages * page_size - 1, pages * page_size
-    layer.first = layer.first.masked_fill(pages > 0, 0)
-    pool.retain(held)  # last: what raises before it holds nothing
-    return layer

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pikv.core import adopting, checkpoint, checks, layers, pinning, reading, restoring, routing, settling, showing
 from pikv.core.arrivals import Arrivals
+from pikv.core.arriving import Arriving
 from pikv.core.config import ModelConfig
 from pikv.core.errors import ConfigError, InputError, StateError
 from pikv.core.layer import LayerCache
@@ -66,12 +67,15 @@ class PiKVCache:
         self._prefetcher = Prefetcher.of(self.runtime.predictor, self._layers, self.runtime.overlap)
         self._prefilling = True
         self._lineage: Lineage | None = None
+        self._arriving: Arriving | None = None
         weakref.finalize(self, layers.abandon, self._layers)
 
     # --- writing and reading
 
     @keeps_numbers
-    def begin(self, token_ids: Tensor, *, chunk_tokens: int | None = None, weights: str = "") -> Tensor:
+    def begin(
+        self, token_ids: Tensor, *, chunk_tokens: int | None = None, weights: str = "", wait_s: float | None = None
+    ) -> Tensor:
         """Adopt what the pool knows of these prompts; returns how many tokens need no computing: int64 [batch].
 
         token_ids [batch, tokens], below 0 for padding, the tokens of a sequence standing from position 0 on. `update`
@@ -80,16 +84,21 @@ class PiKVCache:
         names the model's weights, and adapters, in a pool that others with the same config share. Where pages depend
         on more than the tokens, it returns 0 and `why_unshared` says why.
 
+        wait_s: another process is computing these prompts and writes their pages to the prefix_store. All pages then
+        count as known, and the first `update` of a layer waits for those of that layer, at most so many seconds: it
+        raises WaitTimeoutError, which names the page, and may be called again.
+
         Raises InputError for another shape or type; StateError unless the cache is empty.
         """
         if self._layers:
             raise StateError("begin comes before the first update, and this cache holds tokens; reset it or make one")
-        prompts = adopting.Prompts.of(token_ids, chunk_tokens=chunk_tokens, weights=weights)
+        prompts = adopting.Prompts.of(token_ids, chunk_tokens=chunk_tokens, weights=weights, wait_s=wait_s)
         if self.why_unshared is not None:
-            self._lineage = None
+            self._lineage = self._arriving = None
             return torch.zeros(len(prompts.tokens), dtype=torch.int64)
-        self._lineage, held = adopting.begin(self.model, self.runtime, self.pool, self._served, prompts)
-        self._layers.update(held)
+        begun = adopting.begin(self.model, self.runtime, self.pool, self._served, prompts)
+        self._lineage, self._arriving = begun.lineage, begun.arriving
+        self._layers.update(begun.layers)
         return self._lineage.covered()
 
     @property
@@ -107,16 +116,18 @@ class PiKVCache:
         -2 - p for padding that stands at position p, not before what is stored, and whose query sees what a token there
         would see.
 
-        Raises InputError for a wrong shape, dtype, device or position, and for NaN on the CPU; LayerError.
+        Raises InputError for a wrong shape, dtype, device or position, and for NaN on the CPU; LayerError; and what
+        `begin` with wait_s says.
         """
         k, v = checks.new_tokens(self.model, layer_id, k, v)
         positions = checks.positions(token_id, k.shape[0], k.shape[2])
         if self._layers:
             checks.same_batch(next(iter(self._layers.values())), k.shape[0], "k")
         k, v = self._places.own(k), self._places.own(v)
-        held = self._layers.get(layer_id)
         if self._lineage is not None:
             checks.begun(len(self._lineage.sequences), k.shape[0])
+        self._await(layer_id)
+        held = self._layers.get(layer_id)
         codec = self._served[layer_id].codec
         layer = LayerCache.empty(layer_id, codec, self.pool, k) if held is None else held
         checks.increasing(layer, positions)
@@ -237,8 +248,18 @@ class PiKVCache:
         """Whether tokens may leave: by a budget, by a window, or because the pool is full."""
         return self._settler.evicts
 
+    def _await(self, *layer_ids: int) -> None:
+        """Wait for the pages that `begin` promised these layers, if it did."""
+        for layer_id in layer_ids:
+            if self._arriving is not None and layer_id not in self._layers:
+                self._layers[layer_id] = self._arriving.layer(layer_id)
+
+    def _await_all(self) -> None:
+        self._await(*range(len(self.model.layers)))
+
     def _read_layer(self, layer_id: int) -> LayerCache:
         checks.layer(self.model, layer_id)
+        self._await(layer_id)
         if layer_id not in self._layers:
             raise StateError(f"layer {layer_id} is empty: there is nothing to read; call update first")
         return self._layers[layer_id]
@@ -253,6 +274,7 @@ class PiKVCache:
     @keeps_numbers
     def fork(self) -> PiKVCache:
         """A second cache that goes on from here: sealed pages are shared, tails are copied."""
+        self._await_all()
         self._arrivals.check_home(self._layers.values())
         other, everyone = PiKVCache(self.model, self.runtime, pool=self.pool), torch.arange(self.sequences)
         copies = {i: functools.partial(layers.select, layer, everyone) for i, layer in self._layers.items()}
@@ -264,11 +286,13 @@ class PiKVCache:
     @keeps_numbers
     def reorder(self, ids: Tensor | Iterable[int]) -> None:
         """Make sequence i what sequence ids[i] is now; one may come several times (beam search) or not at all."""
+        self._await_all()
         self._select(checks.index(ids if isinstance(ids, Tensor) else list(ids), self.sequences, "ids"))
 
     @keeps_numbers
     def drop(self, ids: Tensor | Iterable[int]) -> None:
         """Forget the sequences with these numbers; the others move up in order."""
+        self._await_all()
         gone = checks.index(ids if isinstance(ids, Tensor) else list(ids), self.sequences, "ids")
         self._select(torch.tensor([i for i in range(self.sequences) if i not in set(gone.tolist())], dtype=torch.int64))
 
@@ -289,6 +313,8 @@ class PiKVCache:
         """
         if other.model != self.model or other.runtime != self.runtime or other.pool is not self.pool:
             raise InputError("other must share the model, the runtime and the pool of this cache; give both one pool=")
+        self._await_all()
+        other._await_all()
         if not other._layers:
             return
         checks.same_layers(self._layers, other._layers)
@@ -312,6 +338,7 @@ class PiKVCache:
 
         Raises StateError if a window has dropped what the next query would see.
         """
+        self._await_all()
         end = checks.ends(tokens, self.sequences)
         self._arrivals.check_home(self._layers.values())
         for layer in self._layers.values():
@@ -327,7 +354,7 @@ class PiKVCache:
         layers.release(self._layers)
         self._layers.clear()
         self._arrivals.clear()
-        self._lineage = None
+        self._lineage = self._arriving = None
         self._reads = ReadCounter(self.runtime.page_selector)
         self._prefilling = True
 
@@ -341,6 +368,7 @@ class PiKVCache:
         then have, under "beside." and their names. Raises ConfigError without a streamer; StoreError, the cache and
         older versions as before.
         """
+        self._await_all()
         self._arrivals.check_home(self._layers.values())
         return checkpoint.commit(self.model, self.runtime, self.pool, self._layers, self._prefilling, beside)
 
@@ -350,6 +378,7 @@ class PiKVCache:
 
         The pages are copied and written in the background; it waits only behind a backlog. Raises as `commit` does.
         """
+        self._await_all()
         checkpoint.stream(self.runtime, self.pool, self._layers)
 
     @classmethod

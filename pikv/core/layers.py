@@ -1,8 +1,8 @@
-"""The layers of a cache: given up and replaced, all or none; and layers of other sequences made of them."""
+"""The layers of a cache: given up and replaced, all or none; layers of other sequences, and of known pages."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -11,9 +11,12 @@ from torch import Tensor
 
 from pikv.core.attended import Attended
 from pikv.core.basis import Basis
-from pikv.core.layer import LayerCache
+from pikv.core.layer import NEVER, LayerCache
+from pikv.core.lineage import KnownTokens
+from pikv.core.pool import PagePool
+from pikv.core.ports.backend import PageCodec
 from pikv.core.query_window import QueryWindow
-from pikv.core.tables import PageTable
+from pikv.core.tables import PageTable, all_live, new_pages
 from pikv.core.tail import Tail
 
 _BY_SEQUENCE = {"first", "last", "seen", "forgotten", "queried", "split"}
@@ -84,3 +87,23 @@ def joined(layers: list[LayerCache]) -> LayerCache:
         indexed_pages=None,
         **states,
     )
+
+
+def adopted(layer_id: int, codec: PageCodec, pool: PagePool, known: Sequence[KnownTokens]) -> LayerCache:
+    """A layer that holds the pages of the known keys, as if their tokens had come, and been settled."""
+    config, page_size = codec.layer, codec.form.page_size
+    nothing = torch.empty(len(known), config.kv_heads, 0, config.key_dim, dtype=codec.dtype, device=pool.device)
+    layer = LayerCache.empty(layer_id, codec, pool, nothing)
+    pages = torch.tensor([len(each.keys) for each in known])
+    counts = pages[:, None].repeat(1, config.kv_heads)
+    ids = torch.full((int(pages.max()), len(known), config.kv_heads), NEVER, dtype=torch.int32)
+    for sequence, each in enumerate(known):
+        if each.keys:
+            ids[: len(each.keys), sequence] = pool.prefixes.pages(each.keys, layer_id)
+    page, sequence_of, head = new_pages(counts)
+    held = ids[page, sequence_of, head]
+    layer.add_pages(held, (page + 1) * page_size - 1, counts, live=all_live(page_size))
+    layer.last, layer.seen = pages * page_size - 1, pages * page_size
+    layer.first = layer.first.masked_fill(pages > 0, 0)
+    pool.retain(held)  # last: what raises before it holds nothing
+    return layer

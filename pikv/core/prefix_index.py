@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import attrs
@@ -48,11 +48,12 @@ class PrefixIndex:
         """How many pages of prefixes are known, those of all layers and heads counting as one."""
         return len(self._nodes)
 
-    def known(self, keys: Sequence[bytes], layers: int) -> int:
-        """How many of these keys, from the first on without a gap, have their pages in all layers."""
+    def known(self, keys: Sequence[bytes], layer_ids: Iterable[int]) -> int:
+        """How many of these keys, from the first on without a gap, have their pages in all of these layers."""
+        wanted = set(layer_ids)
         for count, key in enumerate(keys):
             node = self._nodes.get(key)
-            if node is None or len(node.pages) < layers:
+            if node is None or not wanted <= node.pages.keys():
                 return count
         return len(keys)
 

@@ -20,6 +20,7 @@ from pikv.core.ports.backend import PageCodec
 from pikv.core.ports.prefix_store import PrefixStore
 
 AT_ONCE = 32 << 20  # bytes that are read before they are put into the pool
+FIRST = 4  # pages that are asked for at first where it is not known how many are there
 
 _log = logging.getLogger(__name__)
 
@@ -65,7 +66,7 @@ class StoredPages:
 
         What is missing, or does not fit, ends it; so does a store that fails, which is logged.
         """
-        known = self.pool.prefixes.known(keys, len(self.codecs))
+        known = self.pool.prefixes.known(keys, range(len(self.codecs)))
         try:
             stop = known + self.count(keys[known:])
             for layer_id in range(len(self.codecs)):
@@ -86,6 +87,20 @@ class StoredPages:
             self.put(keys[: start + count], layer_id, pages[:count])
             if count < len(some):
                 return start + count
+        return len(keys)
+
+    def read_on(self, keys: Sequence[bytes], start: int, layer_id: int) -> int:
+        """Put into the pool the pages keys[start:] of a layer, until one is not there; returns how many keys there are.
+
+        Each time twice as many are asked for. Raises StoreError, PoolFullError.
+        """
+        at_once = FIRST
+        while start < len(keys):
+            stop = min(start + at_once, len(keys))
+            reached = self._fetch_layer(keys[:stop], start, layer_id)
+            if reached < stop:
+                return reached
+            start, at_once = stop, 2 * at_once
         return len(keys)
 
     def put(self, keys: Sequence[bytes], layer_id: int, pages: Tensor) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import attrs
+import obstore
 import torch
 
 import pikv
+from pikv.adapters.zarr_store import StoredPrefixes
 
 PAGE, TAIL, VOCABULARY = 16, 20, 11
 MODEL = pikv.ModelConfig(layers=2, query_heads=4, kv_heads=2, head_dim=32)
@@ -61,3 +64,38 @@ def check_empty(pool, *caches):
     pool.check_integrity()
     assert pool.used_bytes == 0
     assert len(pool.prefixes) == 0
+
+
+class Process:
+    """A cache as another process would have it, on a store: its own pool and its own connection."""
+
+    def __init__(self, objects, runtime=RUNTIME, model=MODEL, **pool):
+        self.store = StoredPrefixes(objects, at_once=1)
+        self.runtime = attrs.evolve(runtime, prefix_store=self.store)
+        self.pool = pikv.PagePool(model, self.runtime, **pool)
+        self.model, self.caches = model, []
+
+    def begin(self, ids=DOCUMENT, *, weights="any", **settings):
+        """A new cache that begins with these tokens, and what it covers."""
+        self.caches.append(pikv.PiKVCache(self.model, self.runtime, pool=self.pool))
+        return self.caches[-1], self.caches[-1].begin(ids, weights=weights, **settings)
+
+    def run(self, ids=DOCUMENT, *, chunks=(None,), **settings):
+        """A cache that was given these tokens; they are written when this returns."""
+        cache, covered = self.begin(ids, **settings)
+        start = covered
+        for stop in chunks:
+            if stop is None or stop > int(start.min()):
+                feed(cache, ids, start, stop)
+                start = torch.full_like(covered, stop or 0)
+        self.store.flush()
+        return cache
+
+    def end(self):
+        """Nothing leaks."""
+        self.store.close()
+        check_empty(self.pool, *self.caches)
+
+
+def names_in(objects):
+    return [each["path"] for some in obstore.list(objects) for each in some]

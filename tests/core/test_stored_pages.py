@@ -11,48 +11,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from obstore.store import MemoryStore
-from prompts import DOCUMENT, MODEL, PAGE, RUNTIME, TAIL, VOCABULARY, check_alike, check_empty, feed
+from prompts import DOCUMENT, MODEL, PAGE, RUNTIME, TAIL, VOCABULARY, Process, check_alike, feed, names_in
 
 import pikv
 from pikv.adapters.compressors import Exact, Int8
 from pikv.adapters.zarr_store import StoredPrefixes
 from pikv.core.host_tier import HostTier
 from pikv.policies import KeyCodes, Quest
-
-
-class Process:
-    """A cache as another process would have it, on a store: its own pool and its own connection."""
-
-    def __init__(self, objects, runtime=RUNTIME, model=MODEL, **pool):
-        self.store = StoredPrefixes(objects, at_once=1)
-        self.runtime = attrs.evolve(runtime, prefix_store=self.store)
-        self.pool = pikv.PagePool(model, self.runtime, **pool)
-        self.model, self.caches = model, []
-
-    def begin(self, ids=DOCUMENT, *, weights="any", **settings):
-        """A new cache that begins with these tokens, and what it covers."""
-        self.caches.append(pikv.PiKVCache(self.model, self.runtime, pool=self.pool))
-        return self.caches[-1], self.caches[-1].begin(ids, weights=weights, **settings)
-
-    def run(self, ids=DOCUMENT, *, chunks=(None,), **settings):
-        """A cache that was given these tokens; they are written when this returns."""
-        cache, covered = self.begin(ids, **settings)
-        start = covered
-        for stop in chunks:
-            if stop is None or stop > int(start.min()):
-                feed(cache, ids, start, stop)
-                start = torch.full_like(covered, stop or 0)
-        self.store.flush()
-        return cache
-
-    def end(self):
-        """Nothing leaks."""
-        self.store.close()
-        check_empty(self.pool, *self.caches)
-
-
-def names_in(objects):
-    return [each["path"] for some in obstore.list(objects) for each in some]
 
 
 @pytest.mark.property
