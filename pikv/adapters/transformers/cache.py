@@ -19,26 +19,29 @@ from pikv.core.cache import PiKVCache
 from pikv.core.errors import InputError, StateError
 from pikv.core.ports import Routing, Version
 
+Announce = Callable[[PiKVCache, Tensor], Tensor]
+"""Announces tokens [batch, tokens] to an empty cache, and returns how many need no computing: int64 [batch]."""
+
 
 class HostCache(Cache):
     """Pass it as `past_key_values` to the model that it was made for. One batch, as PiKVCache is.
 
     pikv: the PiKVCache behind it, for `stored_bytes()`, `describe()` and the rest. Positions are places in the padded
     sequence, as transformers counts them in masks and windows. routed: with a router, its choice for the tokens of the
-    last call in each layer that has experts, from the model's own gates. weights: names the model's weights, where the
-    first tokens may adopt what the pool knows of them. seen: what it goes on from.
+    last call in each layer that has experts, from the model's own gates. announce: tells of the first call's tokens, as
+    PiKVCache.begin does, where they may adopt what is known of them. seen: what it goes on from.
     """
 
     def __init__(
         self,
         pikv: PiKVCache,
         latent: LatentKV | None = None,
-        weights: Callable[[], str] | None = None,
+        announce: Announce | None = None,
         seen: Seen | None = None,
     ) -> None:
         self.pikv = pikv
         self.routed: dict[int, Routing] = {}
-        self._latent, self._weights = latent, weights
+        self._latent, self._announce = latent, announce
         self._covered: Tensor | None = None  # what the first call adopted, while it runs
         self._seen = Seen.nothing() if seen is None else seen
         self._step: Step | None = None
@@ -55,11 +58,11 @@ class HostCache(Cache):
         if self._step is not None:
             self.take_back(self._step)  # an interrupt ended the call before, and no hook was told
         ids, mask = given.get("input_ids"), given.get("attention_mask")
-        if self._weights is None or self._seen.length or ids is None:
+        if self._announce is None or self._seen.length or ids is None:
             return given
         if mask is not None and not (isinstance(mask, Tensor) and mask.shape == ids.shape and bool(mask.all())):
             return given
-        self._covered = self.pikv.begin(ids, weights=self._weights())
+        self._covered = self._announce(self.pikv, ids)
         skipped, text = int(self._covered.min()), Text.of(given, 0)
         self._seen = Seen(skipped, None, text and text.part(0, skipped))
         along = {name: given[name] for name in _ALONG_TOKENS if given.get(name) is not None}
@@ -138,7 +141,7 @@ class HostCache(Cache):
 
     def fork(self) -> HostCache:
         """A second cache that goes on from here: sealed pages are shared. `copy.deepcopy` does the same."""
-        other = HostCache(self.pikv.fork(), self._latent, self._weights, self._seen)
+        other = HostCache(self.pikv.fork(), self._latent, self._announce, self._seen)
         other._broken = self._broken
         return other
 

@@ -19,7 +19,7 @@ from pikv.adapters.transformers.families import model_config
 from pikv.adapters.transformers.latent import latent_kv
 from pikv.adapters.transformers.padding import Seen
 from pikv.adapters.transformers.recovery import Reader, Recovered
-from pikv.adapters.transformers.weights import weights_of
+from pikv.adapters.transformers.weights import fingerprint_of, weights_of
 from pikv.compose import installed_backends, runtime_from
 from pikv.core.cache import PiKVCache
 from pikv.core.checkpoint import beside, streamer_of
@@ -78,17 +78,27 @@ class Host:
             hf_model.base_model.register_forward_hook(_finish, with_kwargs=True, always_call=True),
         ]
 
-    def new_cache(self, *, pool: PagePool | None = None, prefix_from: PagePool | None = None) -> HostCache:
+    def new_cache(
+        self, *, pool: PagePool | None = None, prefix_from: PagePool | None = None, wait_s: float | None = None
+    ) -> HostCache:
         """An empty cache for one batch, to pass as `past_key_values`. pool: shared by several caches.
 
         prefix_from: a pool to share and to adopt known prefixes from, see PiKVCache.begin. The model's first call then
         computes what is not covered, and returns hidden states and logits of those tokens alone, as `generate` takes
-        them. Raises InputError for two pools.
+        them. wait_s: another process computes the prompt, and each layer waits so long for its pages. Raises InputError
+        for two pools, and for waiting without a prefix_store.
         """
         if pool is not None and prefix_from is not None:
             raise InputError("pool and prefix_from both name the cache's pool; give prefix_from alone")
-        weights = None if prefix_from is None else functools.partial(weights_of, self._hf_model)
-        return HostCache(PiKVCache(self.model, self.runtime, pool=pool or prefix_from), self._latent, weights)
+        if wait_s is not None and (prefix_from is None or self.runtime.prefix_store is None):
+            raise InputError("wait_s needs prefix_from=pool, and a prefix_store in the runtime to wait for pages from")
+        announce = None if prefix_from is None else functools.partial(self._announce, wait_s=wait_s)
+        return HostCache(PiKVCache(self.model, self.runtime, pool=pool or prefix_from), self._latent, announce)
+
+    def _announce(self, cache: PiKVCache, token_ids: Tensor, *, wait_s: float | None) -> Tensor:
+        """Announce a prompt. Other processes are told of weights by their numbers, this one by whose they are."""
+        name = weights_of if self.runtime.prefix_store is None else fingerprint_of
+        return cache.begin(token_ids, weights=name(self._hf_model), wait_s=wait_s)
 
     def restore(
         self, version: Version | None = None, *, pool: PagePool | None = None, may_differ: Iterable[str] = ()

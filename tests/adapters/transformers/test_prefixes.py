@@ -6,9 +6,11 @@ import contextlib
 
 import pytest
 import torch
+from obstore.store import MemoryStore
 
 import pikv
 from pikv.adapters.transformers import attach
+from pikv.adapters.zarr_store import StoredPrefixes
 from pikv.testing.transformers.models import cache_argument
 
 NAMES = {"page_size": 16, "tail_tokens": 16}
@@ -27,8 +29,8 @@ def computed(model):
 class Asker:
     """A model, and the pool that its caches share."""
 
-    def __init__(self, model, **names):
-        self.model, self.host = model, attach(model, {**NAMES, **names})
+    def __init__(self, model, prefix_store=None):
+        self.model, self.host = model, attach(model, pikv.RuntimeConfig(**NAMES, prefix_store=prefix_store))
         self.pool = pikv.PagePool(self.host.model, self.host.runtime, capacity_bytes=1 << 22)
 
     def says(self, ids, cache=None, **settings):
@@ -46,8 +48,8 @@ def asker():
     """Makes askers, and checks in the end that nothing leaks."""
     made = []
 
-    def make(model, **names):
-        made.append(Asker(model, **names))
+    def make(*args):
+        made.append(Asker(*args))
         return made[-1]
 
     yield make
@@ -117,6 +119,47 @@ def test_other_weights_miss(random_model, pad, asker):
     with torch.no_grad():
         next(models[0].parameters()).mul_(1.5)
     assert asking.says(ids)[2] == 70
+
+
+def test_another_process_adopts_what_this_one_has_written(random_model, pad, asker):
+    """Equal weights have one name wherever they are, other weights another; the answers are the same."""
+    ids, store, models = pad(70, [0])[0], MemoryStore(), [random_model("llama") for _ in range(2)]
+    with StoredPrefixes(store) as one, StoredPrefixes(store) as other:
+        writer, reader = (asker(model, stored) for model, stored in zip(models, (one, other), strict=True))
+        expected, _, first = writer.says(ids)
+        assert first == 70
+        one.flush()
+        for _ in range(2):  # from the store, then from memory
+            said, _, first = reader.says(ids)
+            assert first == 22
+            torch.testing.assert_close(said.logits, expected.logits, atol=1e-4, rtol=1e-4)
+        with torch.no_grad():
+            next(models[1].parameters()).mul_(1.5)
+        assert reader.says(ids)[2] == 70
+
+
+def test_a_prompt_that_another_process_computes_is_waited_for(random_model, pad, asker):
+    """Each layer for its own pages; a call that waits in vain leaves the cache empty, and can be made again."""
+    ids, store, models = pad(70, [0])[0], MemoryStore(), [random_model("llama") for _ in range(2)]
+    with StoredPrefixes(store) as one, StoredPrefixes(store) as other:
+        writer, reader = (asker(model, stored) for model, stored in zip(models, (one, other), strict=True))
+        cache = reader.host.new_cache(prefix_from=reader.pool, wait_s=0)
+        with pytest.raises(pikv.WaitTimeoutError, match="page 0 of 3 of layer 0"):
+            reader.says(ids, cache)
+        assert (cache.get_seq_length(), cache.pikv.sequences) == (0, 0)
+        expected, _, _ = writer.says(ids)
+        one.flush()
+        said, _, first = reader.says(ids, cache)
+        assert first == 22
+        torch.testing.assert_close(said.logits, expected.logits, atol=1e-4, rtol=1e-4)
+
+
+def test_waiting_needs_a_pool_and_a_store(mixtral, asker):
+    """InputError says what is missing."""
+    asking = asker(mixtral)
+    for settings in ({"prefix_from": asking.pool, "wait_s": 1}, {"wait_s": 1}):
+        with pytest.raises(pikv.InputError, match="wait_s needs prefix_from=pool, and a prefix_store"):
+            asking.host.new_cache(**settings)
 
 
 def test_a_first_call_that_fails_leaves_the_cache_empty(mixtral, pad, plain, alike, asker):
