@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from pikv.core import layers
-from pikv.core.arriving import Arriving
 from pikv.core.config import ModelConfig
 from pikv.core.errors import InputError
 from pikv.core.layer import LayerCache
 from pikv.core.lineage import KnownTokens, Lineage, reads_with_loss, root_key
 from pikv.core.pool import PagePool
+from pikv.core.promised import Promised
 from pikv.core.runtime import RuntimeConfig
 from pikv.core.serving import Served
 from pikv.core.stored_pages import StoredPages
@@ -48,11 +48,11 @@ class Prompts:
 
 @attrs.frozen(kw_only=True, eq=False)
 class Begun:
-    """A cache's beginning. layers: that hold what is known: none if nothing is, and none while it is arriving."""
+    """A cache's beginning. layers: that hold what is known: none if nothing is, and none while it is promised."""
 
     lineage: Lineage
     layers: dict[int, LayerCache] = attrs.field(factory=dict)
-    arriving: Arriving | None = None
+    promised: Promised | None = None
 
 
 def begin(
@@ -65,7 +65,7 @@ def begin(
     if stored is not None and prompts.wait_s is not None:
         for each in known:
             each.shown = dict.fromkeys(range(len(served)), len(each.keys))
-        return Begun(lineage=lineage, arriving=Arriving(stored=stored, sequences=known, wait_s=prompts.wait_s))
+        return Begun(lineage=lineage, promised=Promised(stored=stored, sequences=known, wait_s=prompts.wait_s))
     if stored is not None:
         for each in known:
             stored.fetch(each.keys)

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from pikv.core import adopting, checkpoint, checks, layers, pinning, reading, restoring, routing, settling, showing
 from pikv.core.arrivals import Arrivals
-from pikv.core.arriving import Arriving
 from pikv.core.config import ModelConfig
 from pikv.core.errors import ConfigError, InputError, StateError
 from pikv.core.layer import LayerCache
@@ -25,6 +24,7 @@ from pikv.core.pool import PagePool
 from pikv.core.ports.router import Routing
 from pikv.core.ports.streamer import Version
 from pikv.core.prefetch import Foresight, Prefetcher
+from pikv.core.promised import Promised
 from pikv.core.rehearsal import Rehearsal
 from pikv.core.reports import Description, StoredBytes
 from pikv.core.runtime import RuntimeConfig
@@ -67,7 +67,7 @@ class PiKVCache:
         self._prefetcher = Prefetcher.of(self.runtime.predictor, self._layers, self.runtime.overlap)
         self._prefilling = True
         self._lineage: Lineage | None = None
-        self._arriving: Arriving | None = None
+        self._promised: Promised | None = None
         weakref.finalize(self, layers.abandon, self._layers)
 
     # --- writing and reading
@@ -94,10 +94,10 @@ class PiKVCache:
             raise StateError("begin comes before the first update, and this cache holds tokens; reset it or make one")
         prompts = adopting.Prompts.of(token_ids, chunk_tokens=chunk_tokens, weights=weights, wait_s=wait_s)
         if self.why_unshared is not None:
-            self._lineage = self._arriving = None
+            self._lineage = self._promised = None
             return torch.zeros(len(prompts.tokens), dtype=torch.int64)
         begun = adopting.begin(self.model, self.runtime, self.pool, self._served, prompts)
-        self._lineage, self._arriving = begun.lineage, begun.arriving
+        self._lineage, self._promised = begun.lineage, begun.promised
         self._layers.update(begun.layers)
         return self._lineage.covered()
 
@@ -251,8 +251,8 @@ class PiKVCache:
     def _await(self, *layer_ids: int) -> None:
         """Wait for the pages that `begin` promised these layers, if it did."""
         for layer_id in layer_ids:
-            if self._arriving is not None and layer_id not in self._layers:
-                self._layers[layer_id] = self._arriving.layer(layer_id)
+            if self._promised is not None and layer_id not in self._layers:
+                self._layers[layer_id] = self._promised.layer(layer_id)
 
     def _await_all(self) -> None:
         self._await(*range(len(self.model.layers)))
@@ -354,7 +354,7 @@ class PiKVCache:
         layers.release(self._layers)
         self._layers.clear()
         self._arrivals.clear()
-        self._lineage = self._arriving = None
+        self._lineage = self._promised = None
         self._reads = ReadCounter(self.runtime.page_selector)
         self._prefilling = True
 

@@ -1,4 +1,4 @@
-"""Arriving: pages of prompts that another process is writing, awaited layer by layer."""
+"""Promised: pages of prompts that another process is writing, awaited layer by layer."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ POLL_S = 0.002  # between two looks at a store that has nothing new
 
 
 @attrs.frozen(kw_only=True, eq=False)
-class Arriving:
+class Promised:
     """What `begin` promised of prompts. wait_s: for how long a layer waits. It holds no pages, the pool's index does.
 
     While a layer waits, what has come of later layers is read, so that a prompt that comes in parts is here when its
