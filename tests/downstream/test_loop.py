@@ -126,11 +126,24 @@ def test_four_processes_are_one(trained: Path, line: Line, tmp_path: Path, start
     assert column(together, "loss") == pytest.approx(column(alone, "loss"), abs=1e-4)
 
 
-def killed(output: Path, command: list[str], others: list[subprocess.Popen[str]]) -> None:
-    """Kill the newest of the processes once a checkpoint is written."""
-    while not (output / "checkpoints" / "checkpoint-3" / "trainer_state.json").is_file():
-        assert others[-1].poll() is None, command
+def started(command: Sequence[str], log: Path, **environment: str) -> subprocess.Popen[str]:
+    """A process that goes on by itself. What it says goes to a file: a pipe that nobody reads would fill up."""
+    with log.open("w") as file:
+        return subprocess.Popen(
+            command, text=True, stdout=subprocess.DEVNULL, stderr=file, env={**os.environ, **environment}
+        )
+
+
+def await_checkpoint(output: Path, run: subprocess.Popen[str]) -> None:
+    """Wait for any: the oldest are deleted as others come."""
+    while not list(output.glob("checkpoints/checkpoint-*/trainer_state.json")):
+        assert run.poll() is None, run.args
         time.sleep(0.01)
+
+
+def killed(output: Path, others: list[subprocess.Popen[str]]) -> None:
+    """Kill the newest of the processes once a checkpoint is written."""
+    await_checkpoint(output, others[-1])
     others[-1].send_signal(signal.SIGKILL)
     others[-1].wait()
 
@@ -141,7 +154,7 @@ def test_a_killed_run_goes_on_with_the_same_losses(line: Line, tmp_path: Path) -
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     train.main(line(whole, "--num_epochs", 60))
     command = [sys.executable, str(SCRIPT), *line(cut, "--num_epochs", 60)]
-    killed(cut, command, [subprocess.Popen(command, text=True, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)])
+    killed(cut, [started(command, tmp_path / "log")])
     train.main(line(cut, "--num_epochs", 60, "--resume"))
     assert logged(cut) == logged(whole)
 
@@ -153,21 +166,10 @@ def test_a_worker_that_dies_is_named(line: Line, tmp_path: Path) -> None:
         port = str(free.getsockname()[1])
     command = [sys.executable, str(SCRIPT), *line(tmp_path, "--model_type", "distributed", "--num_epochs", 400)]
     meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    workers = [
-        subprocess.Popen(
-            command,
-            text=True,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            env={**os.environ, **meeting, "RANK": str(rank)},
-        )
-        for rank in range(2)
-    ]
-    killed(tmp_path, command, workers)
-    _, said = workers[0].communicate(timeout=120)
-    workers[1].communicate()
-    assert workers[0].returncode == 2, said[-2000:]
-    assert "rank 0: another of the 2 processes died or hangs" in said
+    workers = [started(command, tmp_path / f"{rank}.log", **meeting, RANK=str(rank)) for rank in range(2)]
+    killed(tmp_path, workers)
+    assert workers[0].wait(timeout=300) == 2
+    assert "rank 0: another of the 2 processes died or hangs" in (tmp_path / "0.log").read_text()
 
 
 @pytest.mark.slow
@@ -177,14 +179,11 @@ def test_torchrun_names_a_worker_that_dies_and_goes_on(line: Line, tmp_path: Pat
     together, whole = tmp_path / "together", tmp_path / "whole"
     command = [str(SCRIPT), *line(together, "--model_type", "distributed", *longer)]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    run = subprocess.Popen([*torchrun, *command], text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    while not (together / "checkpoints" / "checkpoint-3" / "trainer_state.json").is_file():
-        assert run.poll() is None, command
-        time.sleep(0.01)
+    run = started([*torchrun, *command], tmp_path / "log")
+    await_checkpoint(together, run)
     os.kill(int(Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()[-1]), signal.SIGKILL)
-    _, said = run.communicate(timeout=120)
-    assert run.returncode != 0
-    assert "Signal 9 (SIGKILL)" in said
+    assert run.wait(timeout=300) != 0
+    assert "Signal 9 (SIGKILL)" in (tmp_path / "log").read_text()
     done = start(*command, "--resume", processes=2)
     assert done.returncode == 0, done.stderr[-2000:]
     train.main(line(whole, *longer))
