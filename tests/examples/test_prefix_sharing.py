@@ -20,7 +20,7 @@ def test_a_document_is_stored_once(monkeypatch, capsys):
     assert "MB shared (" in printed
 
 
-@pytest.mark.parametrize("arguments", [["--document-tokens", "0"], ["--questions", "1"]])
+@pytest.mark.parametrize("arguments", [["--document-tokens", "0"], ["--questions", "1"], ["--alone", "0"]])
 def test_too_little_to_compare_is_refused(monkeypatch, capsys, arguments):
     """With the option that is too small."""
     monkeypatch.setattr(sys, "argv", ["prefix_sharing.py", *arguments])
