@@ -200,6 +200,8 @@ def _check(model: ModelConfig, runtime: RuntimeConfig, shards: int) -> None:
         raise ConfigError(
             "ExpertKVCache has all shards on one rank; over ranks a PiKVCache is sharded by ExpertGroups()"
         )
+    if runtime.predictor is not None:
+        raise ConfigError("ExpertKVCache reads all of its shards' pages and foresees none; leave the predictor out")
     if runtime.remembers is not None:
         raise ConfigError(
             f"{type(runtime.remembers).__name__} remembers what a token was attended before it had a shard; compose "

@@ -9,8 +9,19 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import pikv
+from pikv.core.host_tier import HostTier
 from pikv.core.ports.transport import Solo
-from pikv.policies import ChunkKV, ExpertGroups, HeavyHitters, KeyDiff, LatencyAware, Recent, TopK, Uniform
+from pikv.policies import (
+    AsThisLayer,
+    ChunkKV,
+    ExpertGroups,
+    HeavyHitters,
+    KeyDiff,
+    LatencyAware,
+    Recent,
+    TopK,
+    Uniform,
+)
 from pikv.testing import plain
 from pikv.testing import strategies as some
 from pikv.testing.plain import rounding
@@ -193,6 +204,7 @@ def test_a_layer_without_room_is_settled_later():
         ({"router": None}, 2, "route needs a router"),
         ({}, 0, "shards must be between 1 and experts = 6, got 0"),
         ({}, 7, "got 7"),
+        ({"predictor": AsThisLayer(), "tiers": [HostTier(capacity_bytes=1 << 40)]}, 2, "leave the predictor out"),
         ({"transport": Solo(), "sharding": ExpertGroups()}, 2, r"by ExpertGroups\(\)"),
         (
             {"token_selector": HeavyHitters(recent=8), "allocator": Uniform(), "budget_tokens": 512},
