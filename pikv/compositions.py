@@ -124,17 +124,23 @@ def _budget(names: Mapping[str, Any], share: Fraction, model: ModelConfig, token
     tail_tokens = names.get("tail_tokens", defaults["tail_tokens"].default)
     compressor, selector = build("compressor", names.get("compressor", "exact")), names.get("page_selector")
     index = None if selector is None else build("page_selector", selector)
-    pages, full, stored = RuntimeConfig(compressor=compressor, page_size=page_size), 0, 0
-    for layer, form in zip(model.layers, pages.forms(model), strict=True):
-        full += layer.kv_heads * page_size * bytes_a_token(layer, model.dtype)
-        stored += layer.kv_heads * (form.stride + _index_bytes(index, layer, page_size))
-    sealed = int(share * tokens * full / stored) // page_size * page_size
-    return sealed + tail_tokens
+    forms = RuntimeConfig(compressor=compressor, page_size=page_size).forms(model)
+    a_page_each = sum(
+        layer.kv_heads * (form.stride + _index_bytes(index, layer, page_size))
+        for layer, form in zip(model.layers, forms, strict=True)
+    )
+    return int(share * full_bytes(model, tokens) / a_page_each) * page_size + tail_tokens
 
 
-def bytes_a_token(layer: LayerConfig, dtype: torch.dtype) -> int:
-    """Keys and values of one token and KV head in a full cache."""
-    return (layer.key_dim + layer.value_dim) * dtype.itemsize
+def full_bytes(model: ModelConfig, tokens: int) -> int:
+    """Keys and values of one sequence in a full cache: a window keeps what it shows, latents are there once."""
+    return sum(
+        layer.kv_heads
+        * (layer.key_dim + (layer.value_dim if layer.values == "stored" else 0))
+        * model.dtype.itemsize
+        * (tokens if layer.window is None else min(tokens, layer.window))
+        for layer in model.layers
+    )
 
 
 def _index_bytes(selector: PageSelector | None, layer: LayerConfig, page_size: int) -> int:

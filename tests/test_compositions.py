@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import pikv
-from pikv.compositions import parse
+from pikv.compositions import full_bytes, parse
 
 MODEL = pikv.ModelConfig(layers=2, query_heads=4, kv_heads=2, head_dim=32, dtype=torch.float16)
 
@@ -85,3 +85,12 @@ def test_a_share_beside_a_budget():
     """Says the same thing twice."""
     with pytest.raises(pikv.ConfigError, match="leave one out"):
         parse("recent+budget_tokens=512@1/10").names_for(MODEL, 2048)
+
+
+def test_a_share_is_of_what_a_full_cache_would_hold():
+    """Where a layer slides, that is its window; where values are a part of the keys, it is the keys."""
+    heads = {"query_heads": 4, "kv_heads": 2, "key_dim": 32, "value_dim": 16}
+    stored, slides = pikv.LayerConfig(**heads), pikv.LayerConfig(**heads, window=100)
+    latent = pikv.LayerConfig(**heads, values="key_prefix")
+    model = pikv.ModelConfig.of([stored, slides, latent], dtype=torch.float16)
+    assert full_bytes(model, 1000) == 2 * 2 * (48 * 1000 + 48 * 100 + 32 * 1000)

@@ -7,10 +7,10 @@ import sys
 from collections.abc import Sequence
 
 import pikv
-from pikv.cli import evaluate, inspect_store
+from pikv.cli import evaluate, inspect_store, plan
 from pikv.core.errors import PiKVError
 
-COMMANDS = (evaluate, inspect_store)
+COMMANDS = (evaluate, inspect_store, plan)
 WRONG_USE = 2  # the exit code, as argparse has it
 
 
