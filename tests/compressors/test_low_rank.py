@@ -76,7 +76,7 @@ def test_the_basis_is_the_direction_of_the_keys():
 @pytest.mark.property
 @given(
     part=st.sampled_from([LowRank, UnrotatedLowRank]),
-    rank=st.integers(1, 32),
+    rank=st.sampled_from([1, 5, 16, 32]),  # kernels are compiled for each
     inner=st.sampled_from([Exact(), Int8()]),
     calibrated=st.booleans(),
     sizes=some.runtime_configs(),

@@ -228,7 +228,7 @@ class FarAndNear(RuleBasedStateMachine):
 
 
 TestFarAndNear = pytest.mark.property(FarAndNear.TestCase)
-TestFarAndNear.settings = settings(stateful_step_count=15)
+TestFarAndNear.settings = settings(stateful_step_count=15, max_examples=max(1, settings.default.max_examples // 3))
 
 
 # --- what goes first
