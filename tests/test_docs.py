@@ -36,6 +36,21 @@ def test_pages_are_found(page: Path) -> None:
     assert name == "index.md" or f"]({name})" in (ROOT / "docs" / "index.md").read_text(), f"docs/index.md lacks {name}"
 
 
+def test_the_reference_is_whole() -> None:
+    """Every package that lists public names stands in the reference, and nothing that is not there does."""
+    pages = "".join(page.read_text() for page in (ROOT / "docs" / "reference").glob("*.md"))
+    named = set(re.findall(r"^::: (\S+)$", pages, flags=re.MULTILINE))
+    inits = [path for path in (ROOT / "pikv").rglob("__init__.py") if "__all__" in path.read_text()]
+    packages = {".".join(path.parent.relative_to(ROOT).parts) for path in inits}
+    assert packages <= named, f"docs/reference lacks {packages - named}"
+    missing = {
+        name
+        for name in named
+        if not any((ROOT / name.replace(".", "/")).with_suffix(end).exists() for end in ("", ".py"))
+    }
+    assert not missing, f"docs/reference names {missing}"
+
+
 def test_decisions_are_numbered() -> None:
     """Decision records have the numbers from 1 on, each once."""
     numbers = sorted(int(page.name[:4]) for page in (ROOT / "docs" / "decisions").glob("*.md"))

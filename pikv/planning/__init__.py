@@ -1,0 +1,1 @@
+"""Foretell what a cache will take, before it is run."""
