@@ -10,6 +10,7 @@ import torch
 
 from pikv.core.budget import Budget
 from pikv.core.config import LayerConfig, ModelConfig
+from pikv.core.places import Places
 from pikv.core.pool import PagePool
 from pikv.core.ports import BasisCompressor
 from pikv.core.reports import StoredBytes
@@ -44,7 +45,7 @@ class CachePlan:
         alone. Raises ConfigError for a composition that the model cannot have.
         """
         runtime.check_serves(model)
-        pool, budget = PagePool(model, runtime, capacity_bytes=_ENOUGH), Budget.of(model, runtime)
+        pool, budget = PagePool(model, runtime, capacity_bytes=_ENOUGH), Budget.of(Places.of(model, runtime), runtime)
         stored, read = [], []
         for layer_id, bases in enumerate(_bases(model, runtime, batch)):
             kept = None if budget is None else budget.share(layer_id, [tokens], anew=False).even[0].tolist()
@@ -143,6 +144,6 @@ def _bases(model: ModelConfig, runtime: RuntimeConfig, batch: int) -> Iterator[i
             basis = compressor.fit(layer, keys, values, torch.ones(1, layer.kv_heads, 1, dtype=torch.bool))
             for columns in basis.tensors:
                 if columns.data_ptr() not in seen:
-                    nbytes += columns.untyped_storage().nbytes() * (1 if basis.of_all else batch)
+                    nbytes += columns.untyped_storage().nbytes() * (1 if basis.shared else batch)
                 seen[columns.data_ptr()] = columns
         yield nbytes
