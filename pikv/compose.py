@@ -15,6 +15,7 @@ from pikv.core.cache import PiKVCache
 from pikv.core.config import ModelConfig
 from pikv.core.errors import ConfigError, UnknownNameError
 from pikv.core.exact import Exact, KeepAll, LeastRecentlyRead, Refuse
+from pikv.core.fetching import FetchAlways, FetchIfFaster
 from pikv.core.missing_backend import MissingBackend
 from pikv.core.overlap import Overlap
 from pikv.core.pool import PagePool
@@ -23,6 +24,7 @@ from pikv.core.ports import (
     Backend,
     Compressor,
     Demotion,
+    Fetching,
     FullPool,
     MemoryTier,
     PagePredictor,
@@ -120,6 +122,7 @@ PARTS: dict[str, dict[str, Callable[..., Any]]] = {
         "low_rank": _low_rank(LowRank),
         "low_rank_unrotated": _low_rank(UnrotatedLowRank),
     },
+    "fetching": {"always": FetchAlways, "if_faster": FetchIfFaster},
     "prefix_store": {"stored": _stored_prefixes},
     "router": {
         "cache_aware": CacheAware,
@@ -213,6 +216,7 @@ def compose(
     predictor: PagePredictor | None = None,
     overlap: Overlap | None = None,
     prefix_store: PrefixStore | None = None,
+    fetching: Fetching | None = None,
     backends: Iterable[Backend] | None = None,
     pool: PagePool | None = None,
 ) -> PiKVCache:
@@ -244,6 +248,7 @@ def compose(
         predictor=predictor,
         overlap=overlap,
         prefix_store=prefix_store,
+        fetching=FetchIfFaster() if fetching is None else fetching,
         backends=installed_backends(model.device) if backends is None else tuple(backends),
     )
     if near_bytes is not None:
@@ -257,9 +262,9 @@ def runtime_from(names: Mapping[str, Any], model: ModelConfig, *, transport: Tra
     """Build a RuntimeConfig from names, as files and command lines have them.
 
     names: a part's name, or {"name": ..., setting: value}, for allocator, token_selector, page_selector, router,
-    compressor, streamer, prefix_store, shard_by and when_full; for compressor also a list of them, one for each layer;
-    whole numbers for budget_tokens, page_size and tail_tokens. None stands for left out. transport: as `compose` takes
-    it.
+    compressor, streamer, prefix_store, fetching, shard_by and when_full; for compressor also a list of them, one for
+    each layer; whole numbers for budget_tokens, page_size and tail_tokens. None stands for left out. transport: as
+    `compose` takes it.
 
     Raises UnknownNameError for a key or a name that does not exist, ConfigError for settings that cannot work.
     """

@@ -13,6 +13,7 @@ from torch import Tensor
 from pikv.core import layers
 from pikv.core.config import ModelConfig
 from pikv.core.errors import InputError
+from pikv.core.fetching import Stopwatch
 from pikv.core.layer import LayerCache
 from pikv.core.lineage import KnownTokens, Lineage, reads_with_loss, root_key
 from pikv.core.pool import PagePool
@@ -67,6 +68,7 @@ def begin(
             each.shown = dict.fromkeys(range(len(served)), len(each.keys))
         return Begun(lineage=lineage, promised=Promised(stored=stored, sequences=known, wait_s=prompts.wait_s))
     if stored is not None:
+        lineage.stopwatch = Stopwatch(pool.prefixes.rates)
         for each in known:
             stored.fetch(each.keys)
     held: dict[int, LayerCache] = {}
@@ -103,7 +105,8 @@ def _stored(runtime: RuntimeConfig, pool: PagePool, served: Sequence[Served], pr
             "weights must name the model's weights where a prefix_store is shared: other processes may have others of "
             "the same config"
         )
-    return StoredPages(store=runtime.prefix_store, pool=pool, codecs=[each.codec for each in served])
+    codecs = [each.codec for each in served]
+    return StoredPages(store=runtime.prefix_store, fetching=runtime.fetching, pool=pool, codecs=codecs)
 
 
 def _updates(tokens: int, chunk_tokens: int | None, runtime: RuntimeConfig) -> set[tuple[int, int]]:

@@ -18,6 +18,7 @@ from torch import Tensor
 from pikv.core.components import composition
 from pikv.core.config import ModelConfig
 from pikv.core.exact import Exact, Refuse
+from pikv.core.fetching import Stopwatch
 from pikv.core.layer import LayerCache
 from pikv.core.ports.compressor import BasisCompressor, Compressor
 from pikv.core.prefix_index import PrefixIndex
@@ -113,13 +114,15 @@ class KnownTokens:
 class Lineage:
     """The lineage of a cache's sequences. notes_updates: whether keys say how the prompt came.
 
-    stored: where other processes find what is sealed, and it is looked for; None without a store.
+    stored: where other processes find what is sealed, and it is looked for; None without a store. stopwatch: of what
+    the model computes, where that is compared with fetching.
     """
 
     index: PrefixIndex
     stored: StoredPages | None
     notes_updates: bool
     sequences: list[KnownTokens]
+    stopwatch: Stopwatch | None = None
 
     def covered(self) -> Tensor:
         """How many tokens the pages are of whose keys are known, just after begin the adopted ones: int64 [n]."""
@@ -127,6 +130,8 @@ class Lineage:
 
     def note(self, layer: LayerCache) -> None:
         """Note where an update of a layer begins, before its tokens are appended."""
+        if self.stopwatch is not None:
+            self.stopwatch.update(layer)
         if self.notes_updates:
             starts, sealed = (layer.last + 1).tolist(), layer.table.counts.amin(-1).tolist()
             for known, start, pages in zip(self.sequences, starts, sealed, strict=True):

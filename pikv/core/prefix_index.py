@@ -10,6 +10,7 @@ import attrs
 import torch
 from torch import Tensor
 
+from pikv.core.fetching import Rates
 from pikv.core.forms import PageForm
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ class PrefixIndex:
         self._root = _Node(key=b"", parent=None)
         self._nodes: dict[bytes, _Node] = {}
         self._clock = 0
+        self.rates = Rates()
 
     def __len__(self) -> int:
         """How many pages of prefixes are known, those of all layers and heads counting as one."""

@@ -7,6 +7,7 @@ import attrs
 from pikv.core.config import ModelConfig
 from pikv.core.errors import ConfigError
 from pikv.core.exact import Exact, KeepAll, LeastRecentlyRead, Refuse
+from pikv.core.fetching import FetchIfFaster
 from pikv.core.forms import PageForm
 from pikv.core.overlap import Overlap
 from pikv.core.ports import (
@@ -16,6 +17,7 @@ from pikv.core.ports import (
     BoundedAllocator,
     Compressor,
     Demotion,
+    Fetching,
     FullPool,
     HeadSharding,
     MemoryTier,
@@ -51,8 +53,8 @@ class RuntimeConfig:
     several ranks decode together. streamer: where `commit` puts versions. tiers: where pages go that do not fit near,
     the fastest first, with room for every page that the pool takes; demotion says which go, predictor which the next
     layer will choose, so that they are fetched ahead; overlap during whose collectives that begins, by default at once.
-    prefix_store: where pages of prompts are kept for those of other processes that begin alike. Streamer, tiers,
-    transport and prefix_store stay their maker's to close.
+    prefix_store: where pages of prompts are kept for those of other processes that begin alike; fetching says when they
+    are worth it. Streamer, tiers, transport and prefix_store stay their maker's to close.
     """
 
     compressor: Compressor | tuple[Compressor, ...] = attrs.field(
@@ -75,6 +77,7 @@ class RuntimeConfig:
     predictor: PagePredictor | None = attrs.field(default=None, validator=is_a(PagePredictor))
     overlap: Overlap | None = attrs.field(default=None, validator=is_a(Overlap))
     prefix_store: PrefixStore | None = attrs.field(default=None, validator=is_a(PrefixStore))
+    fetching: Fetching = attrs.field(factory=FetchIfFaster, validator=is_a(Fetching))
 
     def __attrs_post_init__(self) -> None:
         if self.page_size not in PAGE_SIZES:

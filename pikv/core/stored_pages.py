@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import bisect
 import logging
+import time
 from collections.abc import Sequence
 
 import attrs
@@ -15,8 +16,10 @@ from torch import Tensor
 
 from pikv.core import records
 from pikv.core.errors import PoolFullError, StateError, StoreError
+from pikv.core.fetching import flops_of
 from pikv.core.pool import PagePool
 from pikv.core.ports.backend import PageCodec
+from pikv.core.ports.fetching import Fetching
 from pikv.core.ports.prefix_store import PrefixStore
 
 AT_ONCE = 32 << 20  # bytes that are read before they are put into the pool
@@ -35,6 +38,7 @@ class StoredPages:
     """The pages of a pool in a store. codecs: of the layers. It waits for the store without holding the pool's lock."""
 
     store: PrefixStore
+    fetching: Fetching
     pool: PagePool
     codecs: Sequence[PageCodec]
 
@@ -64,11 +68,14 @@ class StoredPages:
     def fetch(self, keys: Sequence[bytes]) -> None:
         """Put into the pool what it lacks of these keys, from the first on, as far as the store has all layers.
 
-        What is missing, or does not fit, ends it; so does a store that fails, which is logged.
+        Nothing where computing their tokens is faster. What is missing, or does not fit, ends it; so does a store that
+        fails, which is logged.
         """
         known = self.pool.prefixes.known(keys, range(len(self.codecs)))
         try:
             stop = known + self.count(keys[known:])
+            if stop > known and not self._accepts(known, stop):
+                return
             for layer_id in range(len(self.codecs)):
                 stop = self._fetch_layer(keys[:stop], known, layer_id)
         except StoreError as error:
@@ -76,14 +83,29 @@ class StoredPages:
         except PoolFullError as error:
             _log.info("prefixes: stored pages do not fit beside what is in use (%s); they are computed", error)
 
+    def _accepts(self, known: int, stop: int) -> bool:
+        """Whether the pages from one key to another are worth fetching, all layers; the log says why."""
+        rates, layers = self.pool.prefixes.rates, range(len(self.codecs))
+        page_size, pages = self.codecs[0].form.page_size, stop - known
+        nbytes = pages * sum(self.page_bytes(layer_id) for layer_id in layers)
+        flops = sum(flops_of(codec.layer, known * page_size, pages * page_size) for codec in self.codecs)
+        accepted, why = self.fetching.accepts(rates.offer(nbytes, flops))
+        rates.refused = 0 if accepted else rates.refused + 1
+        done = "fetched" if accepted else "computed"
+        _log.info("prefixes: %d tokens that are stored are %s: %s", pages * page_size, done, why)
+        return accepted
+
     def _fetch_layer(self, keys: Sequence[bytes], known: int, layer_id: int) -> int:
         """The pages keys[known:] of a layer, until one is missing; returns how many keys there are until then."""
         at_once = max(1, AT_ONCE // self.page_bytes(layer_id))
         for start in range(known, len(keys), at_once):
             some = keys[start : start + at_once]
             pages = torch.empty(len(some), self.page_bytes(layer_id), dtype=torch.uint8)
+            began = time.perf_counter()
             there = self.store.read([name_of(key, layer_id) for key in some], pages)
             count = int(there.long().cumprod(0).sum())
+            if count:
+                self.pool.prefixes.rates.fetched(pages[:count].nbytes, time.perf_counter() - began)
             self.put(keys[: start + count], layer_id, pages[:count])
             if count < len(some):
                 return start + count

@@ -8,6 +8,7 @@ import torch
 
 import pikv
 from pikv.adapters.zarr_store import StoredPrefixes
+from pikv.core.fetching import FetchAlways
 
 PAGE, TAIL, VOCABULARY = 16, 20, 11
 MODEL = pikv.ModelConfig(layers=2, query_heads=4, kv_heads=2, head_dim=32)
@@ -71,7 +72,7 @@ class Process:
 
     def __init__(self, objects, runtime=RUNTIME, model=MODEL, **pool):
         self.store = StoredPrefixes(objects, at_once=1)
-        self.runtime = attrs.evolve(runtime, prefix_store=self.store)
+        self.runtime = attrs.evolve(runtime, prefix_store=self.store, fetching=FetchAlways())
         self.pool = pikv.PagePool(model, self.runtime, **pool)
         self.model, self.caches = model, []
 

@@ -15,6 +15,7 @@ from pikv.core.ports.backend import (
 )
 from pikv.core.ports.compressor import BasisCompressor, Compressor, FormCompressor, UnrotatedCompressor
 from pikv.core.ports.demotion import Demotion, PagePredictor, PageUse
+from pikv.core.ports.fetching import Fetching, Offer
 from pikv.core.ports.full_pool import FullPool
 from pikv.core.ports.memory_tier import AddressableTier, Done, MemoryTier, Ticket
 from pikv.core.ports.placement import Placement
@@ -51,6 +52,7 @@ __all__ = [
     "Demotion",
     "Done",
     "ExpertSharding",
+    "Fetching",
     "FormCompressor",
     "FullPool",
     "HeadSharding",
@@ -63,6 +65,7 @@ __all__ = [
     "NeedsRotary",
     "NewPages",
     "Observation",
+    "Offer",
     "PageCodec",
     "PageIndex",
     "PagePredictor",
