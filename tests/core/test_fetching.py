@@ -15,7 +15,7 @@ import pikv
 from pikv.core.fetching import FetchAlways, FetchIfFaster, Rates, flops_of
 from pikv.core.ports import Offer
 
-LAYER = pikv.LayerConfig(query_heads=64, kv_heads=8, key_dim=128)
+LAYER = pikv.LayerConfig(query_heads=64, kv_heads=8, key_dim=128, value_dim=128)
 
 
 def offer(*, bytes_a_second=1.0, flops_a_second=1.0, refused=0, nbytes=100, flops=100.0):
