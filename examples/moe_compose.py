@@ -35,9 +35,9 @@ class Composed:
         lines = [] if self.overlap is None else [self.overlap.report()]
         if self.cache.pool.residency is not None:
             (use,) = self.cache.pool.residency.stack.use
-            share = max(0.0, 1 - use.waited_s / use.busy_s) if use.busy_s else 0.0
+            share = max(0.0, 1 - use.exposed_s / use.read_s) if use.read_s else 0.0
             lines.append(
-                f"far tier, a model: {use.busy_s:.3f} s of reads, {use.waited_s:.3f} s exposed, {share:.0%} hidden"
+                f"far tier, a model: {use.read_s:.3f} s of reads, {use.exposed_s:.3f} s exposed, {share:.0%} hidden"
             )
         return "\n".join(["Overlap: none", *lines] if self.overlap is None else ["Overlap:", *lines])
 
