@@ -172,7 +172,7 @@ def pikv(name: str) -> Callable[[MixtralForCausalLM, int], Contestant]:
 
         hosted = sharing_weights(model)
         cache = attach(hosted, {"page_size": PAGE_SIZE, **PIKV[name]}).new_cache()
-        step = cache.begin(1, tokens, None)
+        step = cache.begin(1, tokens, {})
         for layer_id in range(model.config.num_hidden_layers):
             cache.pikv.update(layer_id, step.positions, *random_states(model, tokens))
         step.attended = model.config.num_hidden_layers  # nobody asked: as a prompt of which the answers are not needed
