@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pikv.core.counted_transport import Counted
-from pikv.core.ports.transport import Solo, Transport
+from pikv.core.ports.transport import Solo, Transport, as_bytes
 from pikv.testing.transport import run_ranks
 from pikv.testing.transport_checks import TRANSPORT_CHECKS
 
@@ -45,3 +45,9 @@ def test_a_rank_that_is_alone_sends_nothing() -> None:
         counted.all_gather(torch.zeros(3))
     assert counted.sent_bytes == 0
     assert repr(counted) == "Counted(rank=0, size=1)"
+
+
+def test_any_tensor_travels_as_bytes() -> None:
+    """One that is not contiguous too: the bytes are those of its numbers in order."""
+    tensor = torch.arange(6, dtype=torch.bfloat16).view(2, 3).T
+    assert torch.equal(as_bytes(tensor).view(torch.bfloat16), torch.tensor([0, 3, 1, 4, 2, 5], dtype=torch.bfloat16))

@@ -18,7 +18,7 @@ from mpi4py import MPI
 from torch import Tensor
 
 from pikv.core.errors import InputError, TransportError
-from pikv.core.ports.transport import Transport, check_parts, check_root
+from pikv.core.ports.transport import Transport, as_bytes, check_parts, check_root
 from pikv.core.watchdog import Watchdog
 
 
@@ -53,14 +53,14 @@ class MpiTransport(Transport):
         check_root(root, self._size)
         received = _on_cpu(tensor).clone(memory_format=torch.contiguous_format)
         with self._operation("broadcast"):
-            self._communicator.Bcast([_bytes(received), MPI.BYTE], root=root)
+            self._communicator.Bcast([as_bytes(received), MPI.BYTE], root=root)
         return received
 
     def all_gather(self, tensor: Tensor) -> Tensor:
         """Return every rank's tensor, [size, *shape], by MPI_Allgather."""
         received = _on_cpu(tensor).new_empty((self._size, *tensor.shape))
         with self._operation("all_gather"):
-            self._communicator.Allgather([_bytes(tensor), MPI.BYTE], [_bytes(received), MPI.BYTE])
+            self._communicator.Allgather([as_bytes(tensor), MPI.BYTE], [as_bytes(received), MPI.BYTE])
         return received
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
@@ -79,8 +79,8 @@ class MpiTransport(Transport):
             rows = received_rows.tolist()
             received = sent.new_empty((sum(rows), *sent.shape[1:]))
             self._communicator.Alltoallv(
-                [_bytes(sent), (sent_rows * row_bytes).tolist(), MPI.BYTE],
-                [_bytes(received), (received_rows * row_bytes).tolist(), MPI.BYTE],
+                [as_bytes(sent), (sent_rows * row_bytes).tolist(), MPI.BYTE],
+                [as_bytes(received), (received_rows * row_bytes).tolist(), MPI.BYTE],
             )
         return list(received.split(rows))
 
@@ -122,7 +122,7 @@ def _end(message: str) -> None:
     advice = "look for the rank that ended or hangs, and restart from the last commit"
     sys.stderr.write(f"TransportError: {message}; {advice}\n")
     sys.stderr.flush()
-    time.sleep(1)
+    time.sleep(1)  # mpirun passes the message on before it kills the other ranks
     os._exit(os.EX_TEMPFAIL)
 
 
@@ -144,8 +144,3 @@ def _on_cpu(tensor: Tensor) -> Tensor:
     if tensor.device.type != "cpu":
         raise InputError(f"MpiTransport takes tensors on the CPU, got one on {tensor.device}; call .cpu() first")
     return tensor.detach()
-
-
-def _bytes(tensor: Tensor) -> Tensor:
-    """View a tensor as uint8 [bytes], or its copy if it is not contiguous."""
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)

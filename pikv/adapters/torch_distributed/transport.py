@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pikv.core.errors import ConfigError, InputError, TransportError
-from pikv.core.ports.transport import Transport, check_parts, check_root
+from pikv.core.ports.transport import Transport, as_bytes, check_parts, check_root
 
 
 @final
@@ -66,7 +66,7 @@ class TorchTransport(Transport):
         received = self._here(tensor).clone(memory_format=torch.contiguous_format)
         with self._operation("broadcast") as group:
             if received.numel():
-                dist.broadcast(_bytes(received), src=root, group=group)
+                dist.broadcast(as_bytes(received), src=root, group=group)
         return received
 
     def all_gather(self, tensor: Tensor) -> Tensor:
@@ -74,7 +74,7 @@ class TorchTransport(Transport):
         received = self._here(tensor).new_empty((self._size, *tensor.shape))
         with self._operation("all_gather") as group:
             if received.numel():
-                dist.all_gather(list(_bytes(received).view(self._size, -1)), _bytes(tensor), group=group)
+                dist.all_gather(list(as_bytes(received).view(self._size, -1)), as_bytes(tensor), group=group)
         return received
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
@@ -94,7 +94,7 @@ class TorchTransport(Transport):
             received = sent.new_empty((sum(rows), *sent.shape[1:]))
             if row_bytes:
                 splits = [[count * row_bytes for count in counts] for counts in (rows, sent_rows.tolist())]
-                dist.all_to_all_single(_bytes(received), _bytes(sent), *splits, group=group)
+                dist.all_to_all_single(as_bytes(received), as_bytes(sent), *splits, group=group)
         return list(received.split(rows))
 
     def barrier(self) -> None:
@@ -127,8 +127,3 @@ class TorchTransport(Transport):
         if tensor.device != self.device:
             raise InputError(f"this TorchTransport takes tensors on {self.device}, got one on {tensor.device}; move it")
         return tensor.detach()
-
-
-def _bytes(tensor: Tensor) -> Tensor:
-    """View a tensor as uint8 [bytes], or its copy if it is not contiguous."""
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)

@@ -6,6 +6,7 @@ import abc
 from collections.abc import Sequence
 from typing import final
 
+import torch
 from torch import Tensor
 
 from pikv.core.errors import InputError
@@ -79,6 +80,11 @@ def check_parts(parts: Sequence[Tensor], size: int) -> None:
     if len(kinds) > 1 or any(part.dim() == 0 for part in parts):
         shapes = [f"{part.dtype} {list(part.shape)}" for part in parts]
         raise InputError(f"parts must be [rows, *shape] of one shape and dtype, got {shapes}; only rows may differ")
+
+
+def as_bytes(tensor: Tensor) -> Tensor:
+    """View a tensor as uint8 [bytes], or its copy if it is not contiguous: what travels has no dtype."""
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
 
 
 @final
