@@ -13,6 +13,7 @@ from pikv.core.forms import KeyPrefix
 from pikv.core.ports import Compressor
 from pikv.testing import strategies as some
 from pikv.testing.compressor import CompressorConformance
+from pikv.testing.filled import check_attends_what_is_read
 
 MODEL = pikv.ModelConfig(layers=1, query_heads=4, kv_heads=2, head_dim=32)
 
@@ -74,15 +75,7 @@ def test_no_magnitude_is_refused(exponent, generator):
 def test_attention_is_over_exactly_what_is_read_back(compressor, sizes, generator):
     """With all installed backends, alone, rotated, and of coordinates."""
     cache = pikv.compose(MODEL, compressor=compressor, page_size=sizes.page_size, tail_tokens=sizes.tail_tokens)
-    q, k, v = (torch.randn(2, heads, 150, 32, generator=generator) for heads in (4, 2, 2))
-    cache.update(0, 0, k, v)
-    cache.finish_prefill()
-    cache.update(0, 150, k[:, :, :1], v[:, :, :1])
-    context = cache.retrieve(0)
-    expected = torch.nn.functional.scaled_dot_product_attention(
-        q[:, :, :1], context.keys, context.values, enable_gqa=True
-    )
-    torch.testing.assert_close(cache.attend(0, q[:, :, :1]), expected, atol=1e-4, rtol=1e-4)
+    check_attends_what_is_read(cache, generator, tolerance=1e-4)
 
 
 def test_by_name():

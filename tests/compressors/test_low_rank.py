@@ -15,6 +15,7 @@ from pikv.adapters.compressors import Axes, Exact, Int8, LowRank, Rotated, Unrot
 from pikv.core.ports import Compressor
 from pikv.testing import strategies as some
 from pikv.testing.compressor import BasisConformance
+from pikv.testing.filled import check_attends_what_is_read
 
 MODEL = pikv.ModelConfig(layers=1, query_heads=4, kv_heads=2, head_dim=32, rotary=pikv.Rotary.of(dim=32))
 
@@ -87,15 +88,7 @@ def test_attention_is_over_exactly_what_is_read_back(part, rank, inner, calibrat
     axes = Axes.of(torch.randn(1, 2, 50, 32, generator=generator), torch.zeros(1, 2, 50)) if calibrated else None
     compressor = part(rank=rank, inner=inner, axes=axes)
     cache = pikv.compose(MODEL, compressor=compressor, page_size=sizes.page_size, tail_tokens=sizes.tail_tokens)
-    q, k, v = (torch.randn(2, heads, 150, 32, generator=generator) for heads in (4, 2, 2))
-    cache.update(0, 0, k, v)
-    cache.finish_prefill()
-    cache.update(0, 150, k[:, :, :1], v[:, :, :1])
-    context = cache.retrieve(0)
-    expected = torch.nn.functional.scaled_dot_product_attention(
-        q[:, :, :1], context.keys, context.values, enable_gqa=True
-    )
-    torch.testing.assert_close(cache.attend(0, q[:, :, :1]), expected, atol=1e-3, rtol=1e-3)
+    check_attends_what_is_read(cache, generator, tolerance=1e-3)
 
 
 def test_keys_of_low_rank_come_back():
