@@ -11,7 +11,6 @@ import sys
 import time
 
 import torch
-from obstore.store import S3Store
 
 import pikv
 from pikv.adapters.zarr_store import StoredPrefixes
@@ -26,15 +25,9 @@ def place(where, bucket=None):
     """What StoredPrefixes opens: a folder, or a bucket of a server on this machine."""
     if bucket is None:
         return where
-    return S3Store(
-        bucket,
-        endpoint=where,
-        access_key_id="any",
-        secret_access_key="any",
-        region="us-east-1",
-        client_options={"allow_http": True},
-        virtual_hosted_style_request=False,
-    )
+    from s3_server import store_of  # brings a server along, which a folder does not need
+
+    return store_of(where, bucket)
 
 
 def cache_on(store):

@@ -10,25 +10,20 @@ import sys
 import time
 from pathlib import Path
 
-import boto3
 import pytest
 import share_prefixes as program
-from moto.server import ThreadedMotoServer
+from s3_server import make_bucket, serving
 
 import pikv
 from pikv.adapters.zarr_store import StoredPrefixes
 
-KEYS = {"aws_access_key_id": "any", "aws_secret_access_key": "any", "region_name": "us-east-1"}
 PAGES = program.COVERED // 16 * len(program.MODEL.layers)
 
 
 @pytest.fixture(scope="module")
 def endpoint():
-    server = ThreadedMotoServer(port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
+    with serving() as endpoint:
+        yield endpoint
 
 
 @pytest.fixture(params=["folder", "bucket"])
@@ -37,9 +32,7 @@ def where(request, tmp_path):
     if request.param == "folder":
         return (str(tmp_path),)
     endpoint, name = request.getfixturevalue("endpoint"), f"test-{random.randrange(10**9)}"
-    client = boto3.client("s3", endpoint_url=endpoint, **KEYS)
-    client.create_bucket(Bucket=name)
-    client.close()
+    make_bucket(endpoint, name)
     return (endpoint, name)
 
 

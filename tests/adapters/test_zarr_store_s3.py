@@ -2,48 +2,27 @@
 
 from __future__ import annotations
 
-import boto3
 import pytest
 import torch
 from moto.server import ThreadedMotoServer
 from object_store import ObjectStoreConformance, ObjectStorePrefixes
-from obstore.store import S3Store
+from s3_server import make_bucket, serving, store_of
 
 import pikv
 from pikv.adapters.zarr_store import ZarrStreamer
 from pikv.testing.memory_tier import numbers, pages_of
 from pikv.testing.streamer import check_pages, manifest_of
 
-KEYS = {"aws_access_key_id": "any", "aws_secret_access_key": "any", "region_name": "us-east-1"}
-
 
 @pytest.fixture(scope="module")
 def server():
-    server = ThreadedMotoServer(port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
+    with serving() as endpoint:
+        yield endpoint
 
 
 def bucket(endpoint, name, **options):
-    client = boto3.client("s3", endpoint_url=endpoint, **KEYS)
-    client.create_bucket(Bucket=name)
-    client.close()
+    make_bucket(endpoint, name)
     return store_of(endpoint, name, **options)
-
-
-def store_of(endpoint, name, **options):
-    return S3Store(
-        name,
-        endpoint=endpoint,
-        access_key_id="any",
-        secret_access_key="any",
-        region="us-east-1",
-        client_options={"allow_http": True},
-        virtual_hosted_style_request=False,
-        **options,
-    )
 
 
 class TestS3(ObjectStoreConformance):

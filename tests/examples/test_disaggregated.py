@@ -8,9 +8,8 @@ import pytest
 
 pytest.importorskip("transformers", reason="no transformers: pip install pikv[transformers]")
 
-import boto3
 import disaggregated
-from moto.server import ThreadedMotoServer
+from s3_server import make_bucket, serving
 
 
 def run(monkeypatch, capsys, *arguments):
@@ -42,14 +41,9 @@ def test_through_a_bucket(monkeypatch, capsys):
     keys = {"AWS_ACCESS_KEY_ID": "any", "AWS_SECRET_ACCESS_KEY": "any", "AWS_REGION": "us-east-1"}
     for name, value in keys.items():
         monkeypatch.setenv(name, value)
-    server = ThreadedMotoServer(port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    client = boto3.client("s3", endpoint_url=f"http://{host}:{port}", region_name="us-east-1")
-    client.create_bucket(Bucket="prefixes")
-    client.close()
-    check(run(monkeypatch, capsys, "--endpoint", f"http://{host}:{port}"))
-    server.stop()
+    with serving() as endpoint:
+        make_bucket(endpoint, "prefixes")
+        check(run(monkeypatch, capsys, "--endpoint", endpoint))
 
 
 def test_too_little_to_share_is_refused(monkeypatch, capsys):
