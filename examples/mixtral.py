@@ -220,7 +220,7 @@ class Mixtral:
             chosen = (numbers[:, 0] == expert).nonzero()[:, 0]
             outputs[chosen] = self._run_expert(layer, expert, inputs[chosen])
         if self._slow_s:
-            time.sleep(self._slow_s * len(inputs))
+            time.sleep(self._slow_s * len(inputs))  # --slow-rank, a model of one
         seconds = time.perf_counter() - started
         self.computed, self.compute_s = self.computed + len(inputs), self.compute_s + seconds
         self._observe(layer, tokens=len(inputs), seconds=seconds)

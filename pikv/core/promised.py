@@ -40,7 +40,7 @@ class Promised:
                 raise self._late(layer_id, here)
             over = time.monotonic() >= until  # what comes now is looked at once more
             if not self._read(layer_id):
-                time.sleep(POLL_S)
+                time.sleep(POLL_S)  # a store tells nobody that something has come
 
     def _read(self, layer_id: int) -> bool:
         """Read what has come of this layer, or else of the first later one that has got any; whether anything has."""

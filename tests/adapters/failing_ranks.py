@@ -39,7 +39,7 @@ def fail(transport: Transport, failure: str) -> None:
     if failure == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
     if failure == "hangs":
-        time.sleep(60)
+        time.sleep(60)  # far beyond the deadline of those who wait
     transport.all_gather(torch.zeros(1 << 18))
 
 
